@@ -1,0 +1,34 @@
+"""The client of optserve: numpy in, numpy out, no torch.
+
+    with Client("http://127.0.0.1:8000") as client:
+        session = client.create("AdamW", {"w": w}, lr=1e-3)
+        w = session.step({"w": grad}).params["w"]
+
+``client.py`` has :class:`Client`, ``session.py`` :class:`Session`, ``aio.py`` their twins for asyncio, and
+``torch.py`` a ``torch.optim.Optimizer``. Below them ``_calls.py`` knows the API, ``_protocol.py`` decides
+what is sent and sent again, ``_transport.py`` moves the bytes, and ``wire.py`` turns named arrays into
+bytes and back.
+"""
+
+from optserve_client import errors, wire
+from optserve_client._protocol import Retry
+from optserve_client._values import Page, Params, Sparse, StepResult
+from optserve_client.aio import AsyncClient, AsyncSession
+from optserve_client.client import Client
+from optserve_client.session import Session
+from optserve_client.wire import Bits
+
+__all__ = [
+    "AsyncClient",
+    "AsyncSession",
+    "Bits",
+    "Client",
+    "Page",
+    "Params",
+    "Retry",
+    "Session",
+    "Sparse",
+    "StepResult",
+    "errors",
+    "wire",
+]

@@ -1,0 +1,282 @@
+"""Every operation of the API as a :class:`Call`, for both clients."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+
+from optserve_client import errors, wire
+from optserve_client._messages import Answer, Draft
+from optserve_client._protocol import Call
+from optserve_client._values import Json, Page, Params, Sparse, StepResult
+
+T = TypeVar("T")
+
+
+def array(value: Any) -> wire.Tensor:
+    """Return ``value`` as a tensor; what is no array becomes one as numpy would have it."""
+    return value if isinstance(value, wire.Bits) else np.asarray(value)
+
+
+def given(**fields: Any) -> Json:
+    """Return the fields that are not None; a trailing underscore is dropped."""
+    return {key.rstrip("_"): value for key, value in fields.items() if value is not None}
+
+
+def param_tensors(params: Mapping[str, Any]) -> dict[str, wire.Tensor]:
+    return {f"param/{name}": array(value) for name, value in params.items()}
+
+
+def new_id() -> str:
+    return secrets.token_hex(12)
+
+
+def session_path(session_id: str, *rest: str) -> str:
+    wire.check_id("session id", session_id)
+    return "/".join(("/v1/sessions", session_id, *rest))
+
+
+def scalars(answer: Answer) -> Any:
+    return answer.scalars
+
+
+def _nothing(answer: Answer) -> None:
+    return None
+
+
+def _body(answer: Answer) -> memoryview:
+    return answer.body
+
+
+def _step_result(answer: Answer) -> StepResult:
+    raw: Json = answer.scalars
+    returned = raw.get("returned", "params" if answer.params else None)
+    return StepResult(
+        id=raw["id"],
+        generation=raw["generation"],
+        version=raw["version"],
+        applied_version=raw.get("applied_version"),
+        updates=raw["updates"],
+        applied=raw["applied"],
+        accumulated=raw.get("accumulated"),
+        duplicate=raw.get("duplicate", False),
+        skipped=raw.get("skipped"),
+        groups=raw.get("groups", []),
+        scheduler=raw.get("scheduler"),
+        grad_norm=raw.get("grad_norm"),
+        clip_coef=raw.get("clip_coef"),
+        need=raw.get("need"),
+        returned=returned,
+        params=answer.params if returned is not None else None,
+        raw=raw,
+    )
+
+
+def create(
+    session_id: str | None, optimizer: Any, params: Mapping[str, Any], fields: Json, hyper: Json
+) -> Call[Json]:
+    spec = {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    if twice := spec.keys() & hyper.keys():
+        raise errors.Invalid(f"optimizer.{min(twice)} is given twice")
+    names = list(params)
+    if names != sorted(names, key=str.encode):
+        fields = {**fields, "order": names}
+    draft = Draft(
+        method="PUT",
+        path=session_path(session_id or new_id()),
+        fields={"optimizer": {**spec, **hyper}, **fields},
+        tensors=param_tensors(params),
+        headers={"Idempotency-Key": new_id()},
+    )
+    return Call(draft=draft, read=scalars)
+
+
+def get(path: str, read: Callable[[Answer], T], query: Iterable[tuple[str, Any]] = ()) -> Call[T]:
+    """Return a call that reads ``path``; query values that are None are left out."""
+    kept = tuple((key, str(value)) for key, value in query if value is not None)
+    return Call(draft=Draft(method="GET", path=path, query=kept), read=read)
+
+
+def sessions(
+    cursor: str | None, limit: int | None, tags: Mapping[str, str] | None, order_by: str | None
+) -> Call[Page]:
+    query = [("cursor", cursor), ("limit", limit), ("order_by", order_by)]
+    query += [("tag", f"{key}:{value}") for key, value in (tags or {}).items()]
+
+    def read(answer: Answer) -> Page:
+        page = answer.scalars
+        return Page(sessions=page["sessions"], next_cursor=page["next_cursor"])
+
+    return get("/v1/sessions", read, query)
+
+
+def listed(kind: str) -> Call[list[Json]]:
+    def read(answer: Answer) -> list[Json]:
+        entries: list[Json] = answer.scalars[kind]
+        return entries
+
+    return get(f"/v1/{kind}", read)
+
+
+def named(kind: str, name: str) -> Call[Json]:
+    return get(f"/v1/{kind}/{quote(name, safe='')}", scalars)
+
+
+def preview_scheduler(
+    scheduler: Any, groups: Sequence[Mapping[str, Any]], steps: int, metrics: Sequence[float] | None
+) -> Call[Json]:
+    fields = given(scheduler=scheduler, groups=list(groups), steps=steps, metrics=metrics)
+    return Call(
+        draft=Draft(method="POST", path="/v1/schedulers/preview", fields=fields), read=scalars
+    )
+
+
+def step(
+    session_id: str,
+    grads: Mapping[str, Any],
+    params: Mapping[str, Any] | None,
+    none: Iterable[str],
+    fields: Json,
+) -> Call[StepResult]:
+    tensors: dict[str, wire.Tensor] = {}
+    without = list(none)
+    for name, grad in grads.items():
+        if grad is None:
+            without.append(name)
+        elif isinstance(grad, Sparse):
+            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
+            tensors[f"sparse/{name}/values"] = array(grad.values)
+        else:
+            tensors[f"grad/{name}"] = array(grad)
+    draft = Draft(
+        method="POST",
+        path=session_path(session_id, "step"),
+        fields=fields | given(none=without or None),
+        tensors=tensors | param_tensors(params or {}),
+        accept=wire.SAFETENSORS,
+        guarded=True,
+    )
+    dry = fields.get("dry_run", False)
+    return Call(draft=draft, read=_step_result, changes=None if dry else session_id)
+
+
+def params(
+    session_id: str, weights: str, names: Iterable[str] | None, known: Params | None
+) -> Call[Params]:
+    query = [("weights", weights), *(("names", name) for name in names or ())]
+
+    def read(answer: Answer) -> Params:
+        if answer.status == 304:
+            assert known is not None
+            return known
+        raw = answer.scalars
+        return Params(
+            version=raw["version"],
+            generation=raw["generation"],
+            weights=raw.get("weights", weights),
+            etag=answer.headers.get("etag", ""),
+            arrays=answer.params,
+        )
+
+    draft = Draft(
+        method="GET",
+        path=session_path(session_id, "params"),
+        query=tuple(query),
+        headers={} if known is None else {"If-None-Match": known.etag},
+        accept=wire.SAFETENSORS,
+    )
+    return Call(draft=draft, read=read)
+
+
+def put_params(
+    session_id: str, values: Mapping[str, Any], if_match: Params | str | None, abandon: bool
+) -> Call[Json]:
+    etag = if_match.etag if isinstance(if_match, Params) else if_match
+    return edit(
+        session_id,
+        "PUT",
+        "params",
+        given(abandon=abandon or None),
+        tensors=param_tensors(values),
+        headers={} if etag is None else {"If-Match": etag},
+    )
+
+
+def edit(
+    session_id: str,
+    method: str,
+    path: str,
+    fields: Json | None,
+    *,
+    tensors: Mapping[str, wire.Tensor] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Call[Json]:
+    """Return a change of the session at ``path`` below it."""
+    draft = Draft(
+        method=method,
+        path=session_path(session_id, *([path] if path else [])),
+        fields=fields,
+        tensors=tensors,
+        headers=headers or {},
+    )
+    return Call(draft=draft, read=scalars, changes=session_id)
+
+
+def patch_group(session_id: str, index: int, hyper: Json, abandon: bool) -> Call[Json]:
+    return edit(session_id, "PATCH", f"groups/{index}", {**hyper, **given(abandon=abandon or None)})
+
+
+def add_group(session_id: str, params: Mapping[str, Any], hyper: Json) -> Call[Json]:
+    return edit(session_id, "POST", "groups", hyper, tensors=param_tensors(params))
+
+
+def put_scheduler(session_id: str, scheduler: Any) -> Call[Json]:
+    return edit(session_id, "PUT", "scheduler", {"scheduler": scheduler})
+
+
+def delete(session_id: str, abandon: bool) -> Call[None]:
+    draft = Draft(
+        method="DELETE",
+        path=session_path(session_id),
+        query=(("abandon", "true"),) if abandon else (),
+    )
+    return Call(draft=draft, read=_nothing, changes=session_id, done_already=404)
+
+
+def export_state(session_id: str) -> Call[memoryview]:
+    draft = Draft(method="GET", path=session_path(session_id, "state"), accept=wire.SAFETENSORS)
+    return Call(draft=draft, read=_body)
+
+
+def import_state(session_id: str, frame: wire.BytesLike, abandon: bool) -> Call[Json]:
+    draft = Draft(
+        method="PUT",
+        path=session_path(session_id, "state"),
+        query=(("abandon", "true"),) if abandon else (),
+        frame=memoryview(frame).cast("B"),
+    )
+    return Call(draft=draft, read=scalars, changes=session_id)
+
+
+def fork(session_id: str, fields: Json) -> Call[Json]:
+    draft = Draft(
+        method="POST",
+        path=session_path(session_id, "fork"),
+        fields={"id": new_id(), **fields},
+        headers={"Idempotency-Key": new_id()},
+    )
+    return Call(draft=draft, read=scalars)
+
+
+def history(session_id: str, after_version: int, limit: int) -> Call[list[Json]]:
+    query = [("after_version", after_version), ("limit", limit)]
+
+    def read(answer: Answer) -> list[Json]:
+        rows: list[Json] = answer.scalars["history"]
+        return rows
+
+    return get(session_path(session_id, "history"), read, query)

@@ -1,0 +1,94 @@
+"""What the clients take and return. Import these from :mod:`optserve_client`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from optserve_client.wire import Array, Tensor
+
+#: A JSON object.
+Json: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sparse:
+    """A sparse COO gradient; the parameter must be declared in ``sparse`` at creation."""
+
+    #: int64, ``[dimensions, entries]``; duplicates are summed.
+    indices: Array
+    #: ``[entries]``, in the session's dtype.
+    values: Tensor
+    #: Of the dense tensor.
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepResult:
+    """What one step did. Fields are those of the reply, in torch's words."""
+
+    #: The session, and the generation of its history.
+    id: str
+    generation: str
+    #: Version of the params in this reply.
+    version: int
+    #: Version that this request made; None while its window is open, or if it was skipped.
+    applied_version: int | None
+    #: Optimizer updates so far, torch's ``step``.
+    updates: int
+    #: Whether this request changed the params.
+    applied: bool
+    #: Gradients in the open accumulation window.
+    accumulated: int | None
+    #: True if this request had been committed before: it was not applied again.
+    duplicate: bool
+    #: Why the step was skipped, or None.
+    skipped: str | None
+    #: Effective hyperparameters of each group, as used in this update.
+    groups: list[Json]
+    #: ``advance``, ``last_epoch`` and ``next_lr``; None without a scheduler.
+    scheduler: Json | None
+    #: Total norm over all groups before clipping, and what clip_grad_norm multiplied by.
+    grad_norm: float | None
+    clip_coef: float | None
+    #: ``evaluate``: LBFGS wants loss and gradient at :attr:`params`, in a further step.
+    need: str | None
+    #: What :attr:`params` holds; ``delta``: new minus previous; None: nothing.
+    returned: str | None
+    #: Writable arrays that share one buffer, or None for ``returns="none"``.
+    params: dict[str, Tensor] | None
+    #: All scalars of the reply.
+    raw: Json = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Params(Mapping[str, Tensor]):
+    """Weights of one version: a mapping from names to arrays, in the session's order."""
+
+    version: int
+    generation: str
+    #: ``live``, ``eval``, ``ema`` or ``best``.
+    weights: str
+    etag: str
+    #: Writable arrays that share one buffer.
+    arrays: dict[str, Tensor] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page:
+    """Some of the sessions on a server."""
+
+    #: Status of each.
+    sessions: list[Json]
+    #: Where the next page begins; None on the last.
+    next_cursor: str | None

@@ -1,0 +1,243 @@
+"""The client that blocks; ``aio.py`` has its twin with the same methods."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import httpx
+
+from optserve_client import _calls, wire
+from optserve_client._messages import Answer, Request
+from optserve_client._protocol import Call, Lane, Lanes, Retry, Sleep, perform
+from optserve_client._transport import body_of, incoming_of, options, translated
+from optserve_client._values import Json, Page
+from optserve_client.session import Session
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection pool to one optserve server. Threads may share it; close it, or use ``with``.
+
+    Every change carries ``worker``, ``epoch`` and a seq, so that sending it again is safe: what
+    fails on the way is sent again up to ``retries`` times, and applied once. Changes of one session
+    go out one at a time, in the order of the calls.
+
+    Methods raise the classes of :mod:`optserve_client.errors`. A RequestError was refused and
+    changed nothing; ConnectFailed never reached the server. After any other TransportError or a
+    ServerError it is not known whether the change happened: call the same method with the same
+    arguments again, and it happens once. Any other change of that session first sends the open one
+    again.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        *,
+        timeout: float = 60.0,
+        retries: int | Retry = 6,
+        worker: str | None = None,
+        epoch: int = 1,
+        headers: Mapping[str, str] | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            url: Of the server.
+            timeout: Seconds to wait for a connection, and for each part of an answer.
+            retries: How often a request that failed is sent again, or all about it.
+            worker: Who sends; by default a random name, so that programs never mix up their seqs.
+                A program that names its worker itself needs a higher ``epoch`` at each start.
+            epoch: Of that worker.
+            headers: Sent with every request.
+            transport: An httpx transport, for example to a Unix domain socket.
+        """
+        self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
+        self._lanes = Lanes(worker, epoch, threading.Lock)
+        self._http = httpx.Client(**options(url, timeout, headers), transport=transport)
+
+    @property
+    def worker(self) -> str:
+        """Name under which this client's changes are numbered."""
+        return self._lanes.worker
+
+    def create(
+        self,
+        optimizer: str | Mapping[str, Any],
+        params: Mapping[str, Any],
+        *,
+        id: str | None = None,  # noqa: A002 - the field's name
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        sparse: Sequence[str] | None = None,
+        scheduler: Mapping[str, Any] | Sequence[Any] | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        accumulate: int | Mapping[str, Any] | None = None,
+        ema: Mapping[str, Any] | None = None,
+        best: Mapping[str, Any] | None = None,
+        maximize: bool | None = None,
+        nonfinite: Literal["reject", "skip"] | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        impl: Literal["auto", "fused", "foreach", "single"] | None = None,
+        durability: Literal["always", "os", "memory"] | None = None,
+        name: str | None = None,
+        notes: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        **hyperparameters: Any,
+    ) -> Session:
+        """Create a session: ``create("AdamW", {"w": w}, lr=1e-3)``.
+
+        Args:
+            optimizer: torch's class name, or an object with it as ``name`` and hyperparameters.
+            params: Initial values by name, in the session's order: float32, float64 or bfloat16.
+            id: Of the session; by default a new one. If it exists with the same configuration, it
+                is opened as it is (``created`` is False), else SessionExists is raised.
+            groups: torch's param_groups; ``params`` in them are name patterns with ``*`` and ``?``.
+            **hyperparameters: Of the optimizer.
+        The other fields are those of ``POST /v1/sessions``.
+        """
+        fields = _calls.given(
+            groups=groups,
+            sparse=sparse,
+            scheduler=scheduler,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
+            accumulate=accumulate,
+            ema=ema,
+            best=best,
+            maximize=maximize,
+            nonfinite=nonfinite,
+            dtype=dtype,
+            device=device,
+            impl=impl,
+            durability=durability,
+            name=name,
+            notes=notes,
+            tags=tags,
+        )
+        reply = self._run(_calls.create(id, optimizer, params, fields, hyperparameters))
+        return Session(self, self._lanes.opened(reply), reply)
+
+    def session(self, session_id: str) -> Session:
+        """Return a handle on an existing session. Nothing is sent."""
+        wire.check_id("session id", session_id)
+        return Session(self, session_id)
+
+    def import_session(self, frame: wire.BytesLike, *, id: str | None = None) -> Session:  # noqa: A002
+        """Create a session from what :meth:`Session.export_state` returned."""
+        session = Session(self, id or _calls.new_id())
+        session.info.update(session.import_state(frame))
+        return session
+
+    def list(
+        self,
+        *,
+        cursor: str | None = None,
+        limit: int | None = None,
+        tags: Mapping[str, str] | None = None,
+        order_by: str | None = None,
+    ) -> Page:
+        """Return one page of the sessions that have all of ``tags``.
+
+        ``order_by``: ``created``, ``updated`` or ``name``; a minus in front turns it round.
+        """
+        return self._run(_calls.sessions(cursor, limit, tags, order_by))
+
+    def optimizers(self) -> Sequence[Json]:
+        """Return the catalogue of optimizers."""
+        return self._run(_calls.listed("optimizers"))
+
+    def optimizer(self, name: str) -> Json:
+        """Return one optimizer with the JSON Schema of its hyperparameters."""
+        return self._run(_calls.named("optimizers", name))
+
+    def schedulers(self) -> Sequence[Json]:
+        """Return the catalogue of schedulers."""
+        return self._run(_calls.listed("schedulers"))
+
+    def scheduler(self, name: str) -> Json:
+        """Return one scheduler with the JSON Schema of its arguments."""
+        return self._run(_calls.named("schedulers", name))
+
+    def preview_scheduler(
+        self,
+        scheduler: Mapping[str, Any] | Sequence[Any],
+        *,
+        steps: int,
+        groups: Sequence[Mapping[str, Any]],
+        metrics: Sequence[float] | None = None,
+    ) -> Json:
+        """Return what ``scheduler`` would do to ``groups`` in ``steps`` steps; needs no session."""
+        return self._run(_calls.preview_scheduler(scheduler, groups, steps, metrics))
+
+    def healthz(self) -> Json:
+        """Return what the server says of its health."""
+        return self._run(_calls.get("/healthz", _calls.scalars))
+
+    def version(self) -> Json:
+        """Return the versions of the server and of what it computes with."""
+        return self._run(_calls.get("/version", _calls.scalars))
+
+    def close(self) -> None:
+        """Close the connections. Sessions stay where they are: on the server."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._http.base_url)!r}, worker={self.worker!r})"
+
+    def _run(self, call: Call[T]) -> T:
+        if call.changes is None:
+            return self._drive(call, None)
+        lane, lock = self._lanes.get(call.changes)
+        with lock:
+            return self._drive(call, lane)
+
+    def _drive(self, call: Call[T], lane: Lane | None) -> T:
+        steps = perform(call, self._retry, lane)
+        try:
+            effect = next(steps)
+            while True:
+                if isinstance(effect, Sleep):
+                    time.sleep(effect.seconds)
+                    effect = next(steps)
+                    continue
+                try:
+                    answer = self._send(effect.request)
+                except BaseException as exc:
+                    effect = steps.throw(exc)
+                else:
+                    effect = steps.send(answer)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        finally:
+            steps.close()
+
+    def _send(self, request: Request) -> Answer:
+        with (
+            translated(request),
+            self._http.stream(
+                request.method, request.target, headers=request.headers, content=body_of(request)
+            ) as response,
+        ):
+            incoming = incoming_of(response)
+            for chunk in response.iter_raw():
+                incoming.take(chunk)
+            return incoming.answer()

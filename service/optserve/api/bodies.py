@@ -1,0 +1,141 @@
+"""Request bodies off the wire: media type, limits, deadlines. What the bytes mean is decode.py's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from starlette.requests import ClientDisconnect, Request
+
+from optserve.settings import Settings
+from optserve_client.errors import BodyTimeout, Malformed, TooLarge, UnsupportedMediaType
+from optserve_client.wire import SAFETENSORS
+
+JSON = "application/json"
+Kind = Literal["json", "safetensors"]
+
+_KINDS: dict[str, Kind] = {JSON: "json", SAFETENSORS: "safetensors"}
+
+
+def settings_of(request: Request) -> Settings:
+    settings: Settings = request.app.state.settings
+    return settings
+
+
+def content_length(request: Request) -> int | None:
+    """Return the announced length of the body: 0 if there is none, None if it comes in chunks."""
+    headers = request.headers
+    if "transfer-encoding" in headers:
+        return None
+    announced = headers.get("content-length", "0")
+    if not (announced.isascii() and announced.isdigit()):
+        raise Malformed(f"Content-Length must be a number, got {announced[:40]!r}")
+    return int(announced)
+
+
+def body_kind(
+    request: Request, accepted: tuple[Kind, ...] = ("json", "safetensors")
+) -> Kind | None:
+    """Return which of ``accepted`` the body is, by its Content-Type; None if there is no body."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise UnsupportedMediaType(f"Content-Encoding must be identity, got {coding[:40]!r}")
+    if content_length(request) == 0:
+        return None
+    types = " or ".join(media for media, kind in _KINDS.items() if kind in accepted)
+    given = request.headers.get("content-type")
+    if given is None:
+        raise UnsupportedMediaType(f"Content-Type is missing; it must be {types}")
+    media, _, parameters = given.partition(";")
+    kind = _KINDS.get(media.strip().lower())
+    if kind is None or kind not in accepted:
+        raise UnsupportedMediaType(f"Content-Type must be {types}, got {given[:80]!r}")
+    if kind == "json":
+        _check_charset(parameters)
+    return kind
+
+
+def _check_charset(parameters: str) -> None:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        charset = value.strip().strip('"').lower()
+        if name.strip().lower() == "charset" and charset not in ("utf-8", "utf8"):
+            raise UnsupportedMediaType(f"charset must be utf-8, got {value.strip()[:40]!r}")
+
+
+class Body:
+    """The bytes of one request body, under a limit and under deadlines."""
+
+    def __init__(self, request: Request, limit_bytes: int) -> None:
+        self._request = request
+        self._limit = limit_bytes
+        #: As announced; None for a chunked body.
+        self.length = content_length(request)
+        if self.length is not None and self.length > limit_bytes:
+            raise TooLarge(
+                f"the body has {self.length} bytes, the limit is {limit_bytes}",
+                length=self.length,
+                limit=limit_bytes,
+            )
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives; raise what it deserves when it is too long or too slow."""
+        settings = settings_of(self._request)
+        silence, rate = settings.body_timeout_s, settings.body_min_rate_bytes_s
+        loop = asyncio.get_running_loop()
+        received, waited = 0, 0.0
+        more = True
+        while more:
+            begun = time.monotonic()
+            try:
+                async with asyncio.timeout_at(loop.time() + silence):
+                    message = await self._request.receive()
+            except TimeoutError:
+                raise BodyTimeout(
+                    f"nothing arrived for {silence:g} s, after {received} bytes of "
+                    f"{'a chunked body' if self.length is None else self.length}"
+                ) from None
+            waited += time.monotonic() - begun
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk: bytes = message.get("body", b"")
+            more = message.get("more_body", False)
+            received += len(chunk)
+            if received > self._limit:
+                raise TooLarge(
+                    f"the body has more than {self._limit} bytes, which is the limit",
+                    limit=self._limit,
+                )
+            if more and received < rate * (waited - silence):
+                raise BodyTimeout(
+                    f"{received} bytes arrived in {waited:.0f} s; the least rate is {rate} bytes/s"
+                )
+            if chunk:
+                yield chunk
+
+    async def read(self) -> bytes | bytearray:
+        """Return the whole body; large ones go into one buffer of the announced length."""
+        chunks = self.chunks()
+        first = await anext(chunks, b"")
+        if self.length == len(first):
+            async for _ in chunks:  # the end of the body may come as a message of its own
+                raise Malformed(f"the body goes on after the announced {self.length} bytes")
+            return first
+        if self.length is None:
+            grown = bytearray(first)
+            async for chunk in chunks:
+                grown += chunk
+            return grown
+        whole, at = bytearray(self.length), len(first)
+        whole[:at] = first
+        async for chunk in chunks:
+            end = at + len(chunk)
+            if end > self.length:
+                raise Malformed(f"the body goes on after the announced {self.length} bytes")
+            whole[at:end] = chunk
+            at = end
+        if at != self.length:
+            raise Malformed(f"the body ends after {at} of {self.length} bytes")
+        return whole

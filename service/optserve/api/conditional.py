@@ -1,0 +1,14 @@
+"""ETags of RFC 9110: lists, ``*`` and weak comparison."""
+
+from __future__ import annotations
+
+import re
+
+_TAG = re.compile(r'\s*(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")\s*(?:,|$)')
+
+
+def matches(etag: str, condition: str) -> bool:
+    """Say whether ``If-None-Match: condition`` names ``etag``, by weak comparison."""
+    if condition.strip() == "*":
+        return True
+    return any(found[1] == etag.removeprefix("W/") for found in _TAG.finditer(condition))

@@ -1,0 +1,189 @@
+"""What a request says: its fields, its tensors and who sent it, from JSON and binary alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlencode
+
+import xxhash
+from fastapi import Depends, Header, Query
+from starlette.requests import Request
+
+from optserve.api.bodies import Body, Kind, body_kind, settings_of
+from optserve.api.json_text import loads, loads_object
+from optserve.api.replies import off_loop
+from optserve.optim.layout import Layout
+from optserve.sessions.ledger import KEY_LENGTH, Identity, check_identity
+from optserve_client import wire
+from optserve_client.errors import Invalid, Malformed
+from optserve_client.wire import META_KEY, Tensor
+
+#: Query parameters that say who sent a request, not what it asks for.
+_CLAIMS = ("worker", "epoch", "seq")
+_PARAM = "param/"
+
+
+# --- who sent it ---------------------------------------------------------------------------------
+
+
+def read_claim(
+    worker: Annotated[
+        str | None,
+        Query(description="Who sends this; also as a field of a JSON object body."),
+    ] = None,
+    epoch: Annotated[int | None, Query(ge=1, description="The worker's epoch.")] = None,
+    seq: Annotated[
+        int | None, Query(ge=1, description="Number of this request among the worker's.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=KEY_LENGTH,
+            pattern=r"^[\x21-\x7e]+$",
+            description="Instead of worker and seq: a repeat with this key is not applied twice.",
+        ),
+    ] = None,
+) -> Identity:
+    """Return what query and header say about the sender; the digest comes with the body."""
+    return Identity(worker=worker, epoch=epoch, seq=seq, key=idempotency_key)
+
+
+Claim = Annotated[Identity, Depends(read_claim)]
+
+
+def identify(claim: Identity, fields: dict[str, Any], digest: bytes) -> Identity:
+    """Take worker, epoch and seq out of ``fields`` and join them with what query and header said."""
+    found: dict[str, Any] = {}
+    for name, kind in (("worker", str), ("epoch", int), ("seq", int)):
+        value = fields.pop(name, None)
+        claimed = getattr(claim, name)
+        if value is not None and claimed is not None:
+            raise Invalid(f"{name} is in the body and in the query; send it once", field=name)
+        if value is not None and type(value) is not kind:
+            what = "a string" if kind is str else "an integer"
+            raise Invalid(f"{name} must be {what}, got {value!r:.80}", field=name)
+        found[name] = claimed if value is None else value
+    identity = Identity(**found, key=claim.key, digest=digest)
+    check_identity(identity)
+    return identity
+
+
+def digest_of(request: Request, what: str, body: bytes | bytearray) -> bytes:
+    """Return XXH3-128 over all that decides what a request does: method, route, query and body."""
+    hasher = xxhash.xxh3_128(f"{request.method} {what}\n".encode())
+    if query := request.url.query:
+        kept = sorted(pair for pair in parse_qsl(query, True) if pair[0] not in _CLAIMS)
+        hasher.update(urlencode(kept).encode())
+    hasher.update(b"\n")
+    hasher.update(body)
+    return hasher.digest()
+
+
+# --- what it says --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Incoming:
+    """A decoded request. ``fields`` lacks what became part of ``identity``."""
+
+    #: JSON of the body, or of a binary body's metadata; None for an empty body.
+    value: Any
+    #: Tensors of a binary body, as named in it; None if the body is JSON.
+    tensors: dict[str, Tensor] | None
+    identity: Identity
+    nbytes: int
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return self.value if isinstance(self.value, dict) else {}
+
+    async def take_params(
+        self, dtype: str | None = None, layout: Layout | None = None
+    ) -> dict[str, Tensor] | None:
+        """Take the params out of the body, lists as ``dtype`` (a wire tag); None if it has none."""
+        return await off_loop(self.nbytes, self._take_params, dtype, layout)
+
+    def _take_params(self, dtype: str | None, layout: Layout | None) -> dict[str, Tensor] | None:
+        given = self.fields.pop("params", None)
+        if self.tensors is None:
+            return None if given is None else tensors_from_json(given, "params", dtype, layout)
+        if given is not None:
+            raise Invalid("params of a binary body are its tensors 'param/<name>', not a field")
+        return params_of_frame(self.tensors) or None
+
+
+def tensors_from_json(
+    given: Any, field: str, dtype: str | None, layout: Layout | None
+) -> dict[str, Tensor]:
+    """Return the tensors of a JSON object by name; ``layout``, where it has the name, says the shape."""
+    if not isinstance(given, dict):
+        raise Invalid(
+            f"{field} must be an object of tensors by name, got {given!r:.80}", field=field
+        )
+    slots = layout.by_name if layout else {}
+    return {
+        name: wire.tensor_from_json(
+            value, f"{field}[{name!r:.80}]", dtype, slots[name].shape if name in slots else None
+        )
+        for name, value in given.items()
+    }
+
+
+def params_of_frame(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the params of a binary body, which has no other tensors."""
+    for name in tensors:
+        if not name.startswith(_PARAM):
+            raise Invalid(f"tensor {name!r:.80} is none of this request's; expected 'param/<name>'")
+    return {name.removeprefix(_PARAM): tensor for name, tensor in tensors.items()}
+
+
+async def read_request(
+    request: Request,
+    claim: Identity,
+    what: str,
+    accepted: tuple[Kind, ...] = ("json",),
+    *,
+    needs: str | None = "an object",
+) -> Incoming:
+    """Read and decode the body. ``what`` names the route for the digest.
+
+    ``needs``: ``"an object"``; ``"a value"`` for any JSON; None if the body may be missing.
+    """
+    kind = body_kind(request, accepted)
+    raw: bytes | bytearray = b""
+    if kind is not None:
+        settings = settings_of(request)
+        limit = settings.max_json_bytes if kind == "json" else settings.max_body_bytes
+        raw = await Body(request, limit).read()
+    elif needs is not None:
+        raise Malformed(f"the body is empty, expected {needs} as {' or '.join(accepted)}")
+    return await off_loop(len(raw), _decode, request, claim, what, raw, kind, needs)
+
+
+def _decode(
+    request: Request,
+    claim: Identity,
+    what: str,
+    raw: bytes | bytearray,
+    kind: Kind | None,
+    needs: str | None,
+) -> Incoming:
+    value: Any = None
+    tensors = None
+    if kind == "safetensors":
+        tensors, metadata = wire.decode(raw)
+        value = frame_fields(metadata)
+    elif kind == "json":
+        value = loads(raw) if needs == "a value" else loads_object(raw)
+    digest = digest_of(request, what, raw)
+    identity = identify(claim, value if isinstance(value, dict) else {}, digest)
+    return Incoming(value=value, tensors=tensors, identity=identity, nbytes=len(raw))
+
+
+def frame_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that a binary body carries beside its tensors."""
+    text = metadata.get(META_KEY)
+    return {} if text is None else loads_object(text.encode(), f"__metadata__[{META_KEY!r}]")

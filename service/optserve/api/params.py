@@ -1,0 +1,115 @@
+"""A session's params: pull them, overwrite them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Header, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from optserve.api.conditional import matches
+from optserve.api.decode import Claim, read_request
+from optserve.api.openapi import BINARY, operation
+from optserve.api.replies import Encoding, done, encode_params, encode_reply
+from optserve.api.routing import Media, SessionId, router, session_of
+from optserve.optim.layout import Layout
+from optserve.sessions.operations import SetParams
+from optserve_client import wire
+from optserve_client.errors import (
+    Conflict,
+    Invalid,
+    LineSearchOpen,
+    Nonfinite,
+    PreconditionFailed,
+    SessionNotFound,
+)
+
+routes = router("params")
+
+Weights = Literal["live", "eval", "ema", "best"]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
+
+
+@routes.get(
+    "/v1/sessions/{session_id}/params",
+    **operation(
+        "Pull parameters",
+        reply="Params",
+        binary_reply=True,
+        also={304: None},
+        errors=[SessionNotFound],
+    ),
+)
+async def get_params(
+    session_id: SessionId,
+    request: Request,
+    media: Media,
+    weights: Annotated[
+        Weights,
+        Query(
+            description="`eval`: as ScheduleFree evaluates; `ema`, `best`: if the session keeps them."
+        ),
+    ] = "live",
+    names: Annotated[
+        list[str] | None, Query(description="Only these; repeat it or separate with commas.")
+    ] = None,
+    encoding: Annotated[Encoding, Query(description="Of tensors inside JSON.")] = "list",
+    dtype: Annotated[
+        DtypeName | None, Query(description="Round to this; default: the session's own.")
+    ] = None,
+    if_none_match: Annotated[
+        str | None, Header(description="An ETag from before; 304 if nothing has changed.")
+    ] = None,
+) -> Response:
+    """The params of the current version, in the session's order."""
+    session = session_of(request, session_id)
+    published = await done(session.published(weights))
+    if names is not None:
+        published = published.subset(split_names(names, session.layout))
+    tag = wire.dtype_tag(dtype) if dtype else published.layout.dtype
+    form = encoding if media == "application/json" else "binary"
+    etag = published.etag(form, wire.dtype_name(tag))
+    if if_none_match is not None and matches(etag, if_none_match):
+        return Response(status_code=304, headers={"etag": etag})
+    return await encode_params(media, session.id, published, encoding, tag, etag)
+
+
+def split_names(given: list[str], layout: Layout) -> list[str]:
+    """Return the names asked for; a comma separates, unless it belongs to a name that exists."""
+    names: list[str] = []
+    for text in given:
+        names += [text] if text in layout.by_name else text.split(",")
+    if missing := [name for name in names if name not in layout.by_name]:
+        raise Invalid(f"names: the session has no parameter {missing[0]!r:.80}", field="names")
+    return names
+
+
+@routes.put(
+    "/v1/sessions/{session_id}/params",
+    **operation(
+        "Overwrite the parameters, keeping the optimizer's state",
+        body="PutParamsBody",
+        binary=BINARY,
+        reply="ChangeReply",
+        errors=[SessionNotFound, Conflict, LineSearchOpen, PreconditionFailed, Nonfinite],
+    ),
+)
+async def put_params(
+    session_id: SessionId,
+    request: Request,
+    media: Media,
+    claim: Claim,
+    if_match: Annotated[
+        str | None, Header(description="The ETag that the session must still have; else 412.")
+    ] = None,
+) -> Response:
+    """All of them, in the session's shapes; a dtype that would be rounded is refused."""
+    session = session_of(request, session_id)
+    incoming = await read_request(request, claim, "params", ("json", "safetensors"))
+    params = await incoming.take_params(session.layout.dtype, session.layout)
+    abandon = incoming.take_flag("abandon")
+    incoming.check_empty()
+    change = SetParams(params=params or {})
+    reply = session.change(change, incoming.identity, if_match=if_match, abandon=abandon)
+    return await encode_reply(media, await done(reply))

@@ -1,0 +1,64 @@
+"""Is it alive, is it warm, what is it: for load balancers, scripts and clients."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from functools import cache
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from optserve import __version__
+from optserve.api.openapi import operation
+from optserve.api.replies import json_response
+from optserve.api.routing import registry_of, router
+from optserve_client.errors import Unavailable
+
+#: What a client may rely on beyond the version number.
+FEATURES = [
+    "base64",
+    "catalogue",
+    "dry_run",
+    "exactly_once",
+    "fork",
+    "history",
+    "lbfgs",
+    "safetensors",
+    "schedulers",
+    "sparse",
+    "state",
+]
+
+routes = router("operations")
+
+
+@routes.get("/healthz", **operation("Is the process alive?", reply="Status"))
+async def get_healthz() -> Response:
+    """Answers as long as the event loop runs."""
+    return json_response({"status": "ok"})
+
+
+@routes.get("/readyz", **operation("Will requests be fast?", reply="Status", errors=[Unavailable]))
+async def get_readyz(request: Request) -> Response:
+    """503 until torch is loaded and warm: the first optimizer costs a second or more."""
+    if not registry_of(request).ready:
+        raise Unavailable("the server is starting: torch is not warm yet")
+    return json_response({"status": "ready"})
+
+
+@routes.get("/version", **operation("What runs here?", reply="Version"))
+async def get_version(request: Request) -> Response:
+    """The versions of the server, of torch and of Python, and what the server can do."""
+    return json_response({**_versions(), "device": registry_of(request).device})
+
+
+@cache
+def _versions() -> dict[str, Any]:
+    return {
+        "optserve": __version__,
+        "torch": importlib.metadata.version("torch"),
+        "python": platform.python_version(),
+        "features": FEATURES,
+    }

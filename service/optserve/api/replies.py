@@ -1,0 +1,206 @@
+"""Answers as bytes: which media type, JSON that loses no value, binary without a copy."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import numpy as np
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from optserve.sessions.published import Published
+from optserve.sessions.reply import Reply
+from optserve_client import wire
+from optserve_client.errors import NotAcceptable
+from optserve_client.wire import META_KEY, SAFETENSORS
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+JSON = "application/json"
+Encoding = Literal["list", "base64"]
+#: What is smaller than this is parsed or encoded on the event loop; a thread costs more.
+OFF_LOOP_BYTES = 64 * 1024
+#: Of one write to the socket.
+CHUNK_BYTES = 256 * 1024
+_DUMP = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+
+
+async def off_loop(nbytes: int, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``fn``, in a thread if it has so much to do that other requests would notice."""
+    if nbytes <= OFF_LOOP_BYTES:
+        return fn(*args, **kwargs)
+    return await asyncio.to_thread(fn, *args, **kwargs)
+
+
+async def done(future: Future[T]) -> T:
+    """Wait for a job of a session. Who stops waiting does not cancel it: it was received whole."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def negotiate(accept: str | None, offers: Sequence[str]) -> str:
+    """Return the media type of ``offers`` that ``accept`` likes best; the first of equals."""
+    if accept is None or accept == "*/*":
+        return offers[0]
+    ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
+    best = max(offers, key=lambda offer: _quality(offer, ranges))
+    if _quality(best, ranges) <= 0:
+        raise NotAcceptable(f"Accept must allow {' or '.join(offers)}, got {accept[:120]!r}")
+    return best
+
+
+def _media_range(part: str) -> tuple[str, float]:
+    media, *parameters = part.split(";")
+    quality = 1.0
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                quality = float(value)
+            except ValueError:
+                quality = 0.0
+    return media.strip().lower(), quality
+
+
+def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
+    """Return q of the most specific range that covers ``offer``."""
+    for pattern in (offer, f"{offer.partition('/')[0]}/*", "*/*"):
+        found = [quality for media, quality in ranges if media == pattern]
+        if found:
+            return max(found)
+    return 0.0
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def finite(value: Any) -> Any:
+    """Return ``value`` with NaN and infinities as strings, which orjson would write as null."""
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
+def dump(value: Any) -> bytes:
+    """Return the JSON text of ``value``, whose arrays are finite."""
+    return orjson.dumps(value, option=_DUMP)
+
+
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Answer a JSON document without tensors."""
+    return Response(dump(finite(value)), status, headers, JSON)
+
+
+def json_tensors(params: Published, encoding: Encoding, dtype: str | None) -> dict[str, Any]:
+    """Return the tensors by name in a form that :func:`dump` writes without loss."""
+    tensors = converted(params, dtype)
+    if encoding == "base64":
+        return {name: wire.tensor_to_json(t, "base64") for name, t in tensors.items()}
+    return {name: _listed(t) for name, t in tensors.items()}
+
+
+def _listed(tensor: wire.Tensor) -> Any:
+    array = tensor.to_float32() if isinstance(tensor, wire.Bits) else tensor
+    if not np.isfinite(array).all():
+        return wire.tensor_to_json(tensor, "list")
+    return array if array.ndim else array[()]  # orjson writes scalars, but no 0-d arrays
+
+
+def converted(params: Published, dtype: str | None) -> dict[str, wire.Tensor]:
+    """Return the tensors in ``dtype`` (a wire tag), rounded if it is narrower."""
+    tensors = params.arrays()
+    if dtype is None or dtype == params.layout.dtype:
+        return tensors
+    return {name: wire.narrow(tensor, dtype) for name, tensor in tensors.items()}
+
+
+# --- binary --------------------------------------------------------------------------------------
+
+
+class BinaryResponse(Response):
+    """Buffers written one after the other, in pieces of 256 KiB, none of them copied."""
+
+    def __init__(
+        self,
+        buffers: Iterable[bytes | memoryview],
+        status_code: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.buffers = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        length = sum(buffer.nbytes for buffer in self.buffers)
+        super().__init__(
+            None, status_code, {**(headers or {}), "content-length": str(length)}, SAFETENSORS
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
+        for buffer in self.buffers:
+            for at in range(0, buffer.nbytes, CHUNK_BYTES):
+                piece = buffer[at : at + CHUNK_BYTES]
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def tensor_frame(
+    params: Published | None, dtype: str | None, fields: Mapping[str, Any]
+) -> list[bytes | memoryview]:
+    """Return a safetensors frame: ``param/<name>`` and all ``fields`` as one JSON string."""
+    metadata = {META_KEY: dump(finite(fields)).decode()}
+    if params is None:
+        return [wire.encode_header((), metadata)]
+    if dtype is None or dtype == params.layout.dtype:
+        infos = [(f"param/{s.name}", params.layout.dtype, s.shape) for s in params.layout.slots]
+        return [wire.encode_header(infos, metadata), memoryview(params.data)]
+    tensors = converted(params, dtype)
+    return wire.encode({f"param/{name}": t for name, t in tensors.items()}, metadata)
+
+
+# --- the reply of a session ----------------------------------------------------------------------
+
+
+async def encode_reply(media: str, reply: Reply) -> Response:
+    """Answer what a session said, with the params it brought, as ``media``."""
+    status = 201 if reply.scalars.get("created") else 200
+    headers = {}
+    if status == 201:
+        headers["location"] = f"/v1/sessions/{reply.scalars['id']}"
+    nbytes = reply.params.layout.nbytes if reply.params else 0
+    dtype = wire.dtype_tag(reply.dtype) if reply.dtype else None
+    if media == SAFETENSORS:
+        frame = await off_loop(nbytes, tensor_frame, reply.params, dtype, _scalars(reply))
+        return BinaryResponse(frame, status, headers)
+    text = await off_loop(nbytes, _reply_text, reply, dtype)
+    return Response(text, status, headers, JSON)
+
+
+def _scalars(reply: Reply) -> dict[str, Any]:
+    if reply.params is None:
+        return reply.scalars
+    return {**reply.scalars, "returned": reply.returned}
+
+
+def _reply_text(reply: Reply, dtype: str | None) -> bytes:
+    document = finite(_scalars(reply))
+    if reply.params is not None:
+        encoding: Encoding = "base64" if reply.encoding == "base64" else "list"
+        document["params"] = json_tensors(reply.params, encoding, dtype)
+    return dump(document)

@@ -1,0 +1,131 @@
+"""The step: by far the most frequent request, under three addresses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from optserve.api.bodies import Body, body_kind, settings_of
+from optserve.api.decode import digest_of, header_key
+from optserve.api.json_text import loads_object
+from optserve.api.one_call import first_use
+from optserve.api.openapi import BINARY, KEY_PARAMETER, operation
+from optserve.api.replies import done, encode_reply, off_loop
+from optserve.api.routing import Direct, SessionId, any_media, router, session_of
+from optserve.sessions.ledger import Identity
+from optserve.sessions.session import Session
+from optserve.sessions.step import Step
+from optserve_client.errors import (
+    Conflict,
+    Fenced,
+    KeyReused,
+    LineSearchOpen,
+    Malformed,
+    MissingGradient,
+    Nonfinite,
+    OutOfSequence,
+    SchedulerFailed,
+    SessionExists,
+    SessionNotFound,
+    SessionRewound,
+    TorchRefused,
+    VersionConflict,
+)
+
+routes = router("step", Direct)
+
+_ERRORS = [
+    SessionNotFound,
+    Conflict,
+    Fenced,
+    KeyReused,
+    LineSearchOpen,
+    MissingGradient,
+    Nonfinite,
+    OutOfSequence,
+    SchedulerFailed,
+    SessionRewound,
+    TorchRefused,
+    VersionConflict,
+]
+
+
+@routes.post(
+    "/v1/sessions/{session_id}/step",
+    **operation(
+        "Apply gradients and get the updated parameters",
+        body="StepBody",
+        binary=BINARY,
+        reply="StepReply",
+        binary_reply=True,
+        parameters=[KEY_PARAMETER],
+        errors=_ERRORS,
+    ),
+)
+async def post_step(session_id: SessionId, request: Request) -> Response:
+    """One request is one gradient. It is answered when the change is as durable as the session
+    promises."""
+    media, session = any_media(request), session_of(request, session_id)
+    step = await decode_step(request, session)
+    return await encode_reply(media, await done(session.step(step, identity_of(request, step))))
+
+
+@routes.post(
+    "/v1/step",
+    **operation(
+        "Step the session that the body names, and create it if need be",
+        body="OneCallBody",
+        binary=BINARY,
+        reply="StepReply",
+        binary_reply=True,
+        also={201: "StepReply"},
+        parameters=[KEY_PARAMETER],
+        errors=[*_ERRORS, SessionExists],
+    ),
+)
+@routes.post("/step", include_in_schema=False)
+async def post_any_step(request: Request) -> Response:
+    """Like `/v1/sessions/{id}/step` with `id` in the body (in the metadata of a binary one). With
+    `optimizer` in it, the session is created on first use from the create fields and `params` of
+    the same body; later calls with the same create fields only step."""
+    media = any_media(request)
+    session, step = await first_use(request)
+    return await encode_reply(media, await done(session.step(step, identity_of(request, step))))
+
+
+async def decode_step(request: Request, session: Session) -> Step:
+    """Return the step in the body: JSON at once, binary as it arrives."""
+    kind, settings = body_kind(request), settings_of(request)
+    if kind is None:
+        raise Malformed("the body is empty, expected a step")
+    if kind == "json":
+        raw = await Body(request, settings.max_json_bytes).read()
+        return await off_loop(len(raw), step_from_text, request, session, raw)
+    body = Body(request, settings.max_body_bytes)
+    intake = session.intake(settings.max_body_bytes)
+    try:
+        async for chunk in body.chunks():
+            intake.feed(chunk)
+    except BaseException:
+        intake.abort()
+        raise
+    return await off_loop(intake.frame_bytes or 0, intake.finish)
+
+
+def step_from_text(request: Request, session: Session, raw: bytes | bytearray) -> Step:
+    return session.step_from_json(loads_object(raw), digest_of(request, "step", raw))
+
+
+def identity_of(request: Request, step: Step) -> Identity:
+    """Return who sent ``step``: its fields say so, or the Idempotency-Key header."""
+    fields = step.fields
+    return Identity(
+        worker=fields.worker,
+        epoch=fields.epoch,
+        seq=fields.seq,
+        key=header_key(request),
+        digest=step.digest,
+    )

@@ -1,0 +1,145 @@
+"""Flat buffers: the params, a gradient, an average, each one allocation with a view per tensor.
+
+One leaf Parameter per tensor that is a view at any offset steps bit-equal to separate tensors, and a
+published copy, a snapshot or a reply is then a single memcpy in wire order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from optserve.optim.layout import Layout
+from optserve_client import wire
+
+TORCH_DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}
+WIRE_TAGS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def to_wire(tensor: torch.Tensor) -> wire.Tensor:
+    """Return ``tensor`` for the layers that know numpy only; a CPU tensor's memory is shared."""
+    host = tensor.detach().cpu().contiguous()
+    if host.dtype == torch.bfloat16:
+        return wire.Bits(host.view(torch.uint16).numpy(), "BF16")
+    return host.numpy()
+
+
+def from_wire(tensor: wire.Tensor) -> torch.Tensor:
+    """Return a fresh torch tensor with the values of ``tensor``."""
+    if isinstance(tensor, wire.Bits):
+        if tensor.dtype != "BF16":
+            raise TypeError(f"no torch tensor is made of {tensor.dtype}")
+        return torch.from_numpy(np.array(tensor.array)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(tensor))
+
+
+class Arena:
+    """One flat tensor and its views, in the order of a layout."""
+
+    def __init__(
+        self, layout: Layout, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        self.layout = layout
+        dtype = dtype or TORCH_DTYPES[layout.dtype]
+        size = wire.itemsize(layout.dtype)
+        self.flat = torch.empty(layout.nbytes // size, dtype=dtype, device=device)
+        #: The tensors by name: views of ``flat``.
+        self.views = {
+            slot.name: self.flat[slot.begin // size : slot.end // size].view(slot.shape)
+            for slot in layout.slots
+        }
+
+    @property
+    def bytes(self) -> np.ndarray:
+        """The buffer as uint8, shared with ``flat`` (CPU only)."""
+        raw: np.ndarray = self.flat.view(torch.uint8).numpy()
+        return raw
+
+    def fill(self, tensors: Mapping[str, wire.Tensor]) -> None:
+        """Copy tensors of the layout's dtype and shapes in; those not named stay as they are."""
+        if self.flat.device.type != "cpu":
+            for name, tensor in tensors.items():
+                self.views[name].copy_(from_wire(tensor))
+            return
+        raw = self.bytes
+        for name, tensor in tensors.items():
+            slot = self.layout.by_name[name]
+            raw[slot.begin : slot.end] = np.frombuffer(wire.as_bytes(tensor), np.uint8)
+
+    def copy_bytes(self) -> np.ndarray:
+        """Return a read-only uint8 copy of the whole buffer, in wire order."""
+        if self.flat.device.type != "cpu":
+            copied: np.ndarray = self.flat.cpu().view(torch.uint8).numpy()
+        else:
+            copied = self.bytes.copy()
+        copied.flags.writeable = False
+        return copied
+
+    def clone(self) -> Arena:
+        """Return an independent arena with the same values."""
+        twin = Arena(self.layout, str(self.flat.device), self.flat.dtype)
+        twin.flat.copy_(self.flat)
+        return twin
+
+    def grown(self, layout: Layout) -> Arena:
+        """Return an arena of ``layout``, whose first tensors are this one's."""
+        bigger = Arena(layout, str(self.flat.device), self.flat.dtype)
+        bigger.flat[: self.flat.numel()].copy_(self.flat)
+        return bigger
+
+
+class GradientBuffer:
+    """One gradient of a session, filled by whoever reads the body, then stepped on.
+
+    Leased with :meth:`GradientPool.lease`; give it back with :meth:`release`, once.
+    """
+
+    def __init__(self, layout: Layout, give_back: Callable[[GradientBuffer], None]) -> None:
+        #: The dense tensors of the session; sparse ones travel apart.
+        self.layout = layout
+        self.arena = Arena(layout)
+        self._raw = self.arena.bytes.data
+        self._give_back = give_back
+
+    def view(self, name: str) -> memoryview:
+        """Return the writable bytes of one gradient, in the session's dtype."""
+        slot = self.layout.by_name[name]
+        return self._raw[slot.begin : slot.end]
+
+    def array(self, name: str) -> wire.Tensor:
+        """Return one gradient as a writable view."""
+        slot = self.layout.by_name[name]
+        return wire.from_bytes(self.layout.dtype, slot.shape, self.view(name))
+
+    def release(self) -> None:
+        """Give the buffer back; its content is lost."""
+        self._give_back(self)
+
+
+class GradientPool:
+    """Gradient buffers of one layout; one stays warm, so that a step allocates nothing."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._warm: deque[GradientBuffer] = deque(maxlen=1)  # pop and append are atomic
+
+    def lease(self) -> GradientBuffer:
+        """Return a buffer that nobody else has."""
+        try:
+            return self._warm.pop()
+        except IndexError:
+            return GradientBuffer(self.layout, self._warm.append)

@@ -1,0 +1,45 @@
+"""Where torch computes: devices, threads, warm-up."""
+
+from __future__ import annotations
+
+import torch
+
+from optserve_client.errors import Invalid
+
+DTYPES = ("float32", "float64", "bfloat16")
+
+
+def resolve(device: str) -> str:
+    """Return ``cpu``, ``cuda`` or ``cuda:i`` for a requested device; Invalid when it is not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()) or device.endswith(":"):
+        raise Invalid(f"device must be auto, cpu, cuda or cuda:<index>, got {device!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise Invalid(f"device {device!r}: this server has {count} CUDA devices")
+    return device
+
+
+def use_threads(count: int) -> None:
+    """Let the calling thread's torch operations use ``count`` threads (a setting per thread)."""
+    torch.set_num_threads(count)
+
+
+def thread_count() -> int:
+    """Return torch's default number of threads."""
+    return torch.get_num_threads()
+
+
+def warm() -> None:
+    """Pay for torch's lazy imports: the first optimizer constructor takes more than a second."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.Adam([parameter]).step()
+
+
+def version() -> str:
+    return str(torch.__version__)

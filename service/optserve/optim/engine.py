@@ -1,0 +1,398 @@
+"""The numbers of one session: params, torch's optimizer and scheduler, and one update of them.
+
+An Engine knows nothing of versions, workers or journals. Whatever raises in the middle of an update
+leaves it half-changed; its owner throws it away and builds it anew from the journal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+from optserve.optim import catalogue, schedules
+from optserve.optim.arena import Arena, GradientBuffer, GradientPool, from_wire
+from optserve.optim.averages import Best, Ema, Window
+from optserve.optim.layout import Layout
+from optserve.optim.lbfgs import LineSearch
+from optserve.optim.recipe import Recipe
+from optserve.optim.refusals import torchs_refusals
+from optserve_client import wire
+from optserve_client.errors import Invalid, Nonfinite, SchedulerFailed
+
+#: Flags of the implementation, not hyperparameters: never shown, never patched.
+FLAGS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+
+
+class Coo(Protocol):
+    """A sparse gradient: int64 indices [sparse_dim, nnz], values, and the dense shape."""
+
+    @property
+    def indices(self) -> np.ndarray: ...
+    @property
+    def values(self) -> wire.Tensor: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Gradients(Protocol):
+    """What a request brings: the filled buffer, names whose grad is None, and sparse ones."""
+
+    @property
+    def buffer(self) -> GradientBuffer: ...
+    @property
+    def none(self) -> frozenset[str]: ...
+    @property
+    def sparse(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspected:
+    """One unscaled gradient by name (absent: grad is None), its norm, and its first fault."""
+
+    grads: Mapping[str, torch.Tensor]
+    norm: float
+    nonfinite: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What one push did."""
+
+    #: An optimizer update was made.
+    applied: bool
+    #: Gradients now in the open accumulation window, if the session accumulates.
+    accumulated: int | None = None
+    #: Total norm of the combined gradient before clipping.
+    grad_norm: float | None = None
+    clip_coef: float | None = None
+    #: Hyperparameters that the update used, per group.
+    groups: Sequence[Mapping[str, Any]] = ()
+    #: What the automatic scheduler moved: ``{"state": ..., "groups": [{changed}, ...]}``.
+    moved: Mapping[str, Any] | None = None
+
+
+class Engine:
+    """Params in an arena, a torch optimizer over views of it, a scheduler, and what is kept beside."""
+
+    def __init__(
+        self, recipe: Recipe, layout: Layout, params: Mapping[str, wire.Tensor] | None
+    ) -> None:
+        self.recipe = recipe
+        self.layout = layout
+        self.entry = catalogue.find(recipe.optimizer["name"])
+        self.impl = self.entry.pick_impl(
+            recipe.impl,
+            recipe.device.split(":")[0],
+            wire.dtype_name(layout.dtype),
+            bool(recipe.sparse),
+        )
+        self.params = Arena(layout, recipe.device)
+        if params is None:
+            self.params.flat.fill_(1.0)
+        else:
+            self.params.fill(params)
+        self.parameters = {n: torch.nn.Parameter(v) for n, v in self.params.views.items()}
+        hyper = from_json({k: v for k, v in recipe.optimizer.items() if k != "name"})
+        groups = [
+            {**from_json(group), "params": [self.parameters[n] for n in group["params"]]}
+            for group in recipe.groups
+        ]
+        self.optimizer = self.entry.build(groups, hyper, self.impl)
+        self.torch_line = self.entry.torch_line(hyper, self.impl)
+        self.set_scheduler(recipe.scheduler)
+        self.ema = Ema(self.params, recipe.ema_decay) if recipe.ema_decay is not None else None
+        self.best = Best(self.params, recipe.best_mode) if recipe.best_monitor else None
+        self.window = Window(recipe.accumulate_steps, recipe.accumulate_reduce)
+        self.line_search = LineSearch(self.optimizer) if self.entry.needs_loss else None
+        self._make_pool()
+
+    def _make_pool(self) -> None:
+        dense = (n for n in self.layout.names if n not in self.recipe.sparse)
+        self.pool = GradientPool(self.layout.subset(dense))
+
+    # --- hyperparameters -------------------------------------------------------------------------
+
+    def set_scheduler(self, spec: Mapping[str, Any] | None) -> None:
+        """Attach a scheduler as torch does (which may change lr), or none."""
+        self.scheduler = schedules.build(dict(spec), self.optimizer) if spec is not None else None
+        self.advance = (spec or {}).get("advance", "manual")
+        self.monitor = (spec or {}).get("monitor")
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the effective hyperparameters of each group."""
+        return [
+            {k: _shown(v) for k, v in group.items() if k not in FLAGS}
+            for group in self.optimizer.param_groups
+        ]
+
+    def learning_rates(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def check_change(self, changes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return ``changes`` to param_groups[0], [1], ... normalised; nothing is changed yet."""
+        count = len(self.optimizer.param_groups)
+        if len(changes) > count:
+            raise Invalid(f"groups has {len(changes)} entries and the session has {count} groups")
+        return [
+            self.entry.normalise_change(change, f"groups[{i}]") for i, change in enumerate(changes)
+        ]
+
+    def assign(self, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Write normalised values into param_groups."""
+        for group, change in zip(self.optimizer.param_groups, changes, strict=False):
+            group.update(change)
+
+    def adjust(self, recipe: Recipe) -> None:
+        """Take over clip, accumulate and nonfinite from ``recipe``; a new window starts if they differ."""
+        if (recipe.accumulate_steps, recipe.accumulate_reduce) != (
+            self.recipe.accumulate_steps,
+            self.recipe.accumulate_reduce,
+        ):
+            self.window = Window(recipe.accumulate_steps, recipe.accumulate_reduce)
+        self.recipe = recipe
+
+    def add_group(self, fields: Mapping[str, Any], params: Mapping[str, wire.Tensor]) -> None:
+        """torch's add_param_group: new params behind the old ones, in a group of their own."""
+        new = Layout.pack(
+            self.layout.dtype,
+            [(s.name, s.shape) for s in self.layout.slots]
+            + [(name, tuple(tensor.shape)) for name, tensor in params.items()],
+        )
+        self.params = self.params.grown(new)
+        self.params.fill(params)
+        self.layout = new
+        for name, parameter in self.parameters.items():
+            parameter.data = self.params.views[name]
+        added = {name: torch.nn.Parameter(self.params.views[name]) for name in params}
+        self.parameters |= added
+        self.optimizer.add_param_group({**fields, "params": list(added.values())})
+        for kept in (self.ema, self.best):
+            if kept is not None:
+                kept.arena = kept.arena.grown(new)
+                kept.arena.fill(params)
+        self._make_pool()
+
+    # --- one update ------------------------------------------------------------------------------
+
+    def inspect(self, gradients: Gradients, loss_scale: float | None = None) -> Inspected:
+        """Unscale one gradient and look for NaN and Infinity; the session does not change.
+
+        Multiplies by float32(1 / loss_scale) in place, as GradScaler. Raises Nonfinite, naming tensor
+        and index, unless the session skips such gradients or loss_scale was sent.
+        """
+        grads = self._attach(gradients)
+        if loss_scale is not None:
+            inverse = float(np.float32(1.0 / loss_scale))
+            for grad in grads.values():
+                grad.mul_(inverse)
+        norm = total_norm(grads)
+        # A finite gradient can have an infinite norm: only the search decides.
+        where = None if math.isfinite(norm) else first_nonfinite(grads)
+        if where and loss_scale is None and self.recipe.nonfinite == "reject":
+            raise Nonfinite(where)
+        return Inspected(grads=grads, norm=norm, nonfinite=where)
+
+    def push(
+        self,
+        inspected: Inspected,
+        *,
+        metric: float | None = None,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """Take one finite gradient in: accumulate, clip, step, average, schedule.
+
+        ``metric`` is what an automatic ReduceLROnPlateau follows. ``recorded`` is the committed
+        outcome when the journal is replayed: clip coefficient and schedule come from there.
+        """
+        grads, norm = inspected.grads, inspected.norm
+        if self.window.steps > 1:
+            self.window.add(grads)
+            if not self.window.full:
+                return Outcome(
+                    applied=False, grad_norm=norm, groups=self.groups(), **self.window_state()
+                )
+            grads = self.window.close(self.params.flat.dtype)
+            norm = total_norm(grads)
+        return self._update(grads, norm, metric, recorded)
+
+    def _update(
+        self,
+        grads: Mapping[str, torch.Tensor],
+        norm: float,
+        metric: float | None,
+        recorded: Mapping[str, Any] | None,
+    ) -> Outcome:
+        for name, parameter in self.parameters.items():
+            parameter.grad = grads.get(name)
+        used = self.groups()
+        try:
+            with torchs_refusals():
+                clip_coef = self._clip(recorded)
+                self.optimizer.step()
+        finally:
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        return Outcome(
+            applied=True,
+            grad_norm=norm,
+            clip_coef=clip_coef,
+            groups=used,
+            moved=self._after_update(metric, recorded),
+            **self.window_state(),
+        )
+
+    def _after_update(
+        self, metric: float | None, recorded: Mapping[str, Any] | None
+    ) -> Mapping[str, Any] | None:
+        if self.ema is not None:
+            self.ema.update(self.params)
+        return self.advance_scheduler(metric, recorded) if self.advance == "step" else None
+
+    def _clip(self, recorded: Mapping[str, Any] | None) -> float | None:
+        """torch.nn.utils' clip_grad_value_, then clip_grad_norm_, over all groups in params order."""
+        parameters = list(self.parameters.values())
+        if self.recipe.clip_grad_value is not None:
+            clip_grad_value_(parameters, self.recipe.clip_grad_value)
+        if self.recipe.clip_grad_norm is None:
+            return None
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if recorded is None or recorded.get("clip_coef") is None:
+            total = get_total_norm(grads)
+            coef = torch.clamp(self.recipe.clip_grad_norm / (total + 1e-6), max=1.0)
+            clip_grads_with_norm_(parameters, self.recipe.clip_grad_norm, total)
+            return float(coef)
+        coef = torch.tensor(recorded["clip_coef"], dtype=self.params.flat.dtype)
+        if grads:
+            torch._foreach_mul_(grads, coef.to(self.params.flat.device))
+        return float(coef)
+
+    def advance_scheduler(
+        self, metric: float | None, recorded: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """Advance the scheduler once, or put what ``recorded`` says it moved."""
+        assert self.scheduler is not None
+        if recorded is not None:
+            moved: Mapping[str, Any] = recorded["moved"]
+            self.scheduler.load(moved["state"])
+            self.assign([from_json(change) for change in moved["groups"]])
+            return moved
+        before = self.groups()
+        self.scheduler.step(metric if self.scheduler.needs_metrics else None)
+        if not all(math.isfinite(lr) for lr in self.learning_rates()):
+            raise SchedulerFailed(f"the scheduler made the lr {self.learning_rates()}")
+        return {"state": self.scheduler.state(), "groups": changed_hyper(before, self.groups())}
+
+    def eval_bytes(self) -> np.ndarray:
+        """Return a read-only copy of the weights to evaluate with, where they are not the live ones."""
+        if not self.entry.eval_weights:
+            raise Invalid(f"weights=eval: {self.entry.name} evaluates with its live weights")
+        evaluated = self.params.clone()
+        for view, tensor in zip(
+            evaluated.views.values(),
+            catalogue.eval_params(self.optimizer, self.parameters.values()),
+            strict=True,
+        ):
+            view.copy_(tensor)
+        return evaluated.copy_bytes()
+
+    def window_state(self) -> dict[str, Any]:
+        return {"accumulated": self.window.count} if self.window.steps > 1 else {}
+
+    def _attach(self, gradients: Gradients) -> dict[str, torch.Tensor]:
+        """Return the gradients as torch tensors in params order: views of the buffer, or COO."""
+        device, views = self.recipe.device, gradients.buffer.arena.views
+        grads: dict[str, torch.Tensor] = {}
+        for name in self.layout.names:
+            if name in gradients.none:
+                continue
+            if (coo := gradients.sparse.get(name)) is not None:
+                grads[name] = to_coo(coo).to(device)
+            else:
+                grads[name] = views[name].to(device)
+        return grads
+
+    def check_finite(self, gradients: Gradients) -> None:
+        """Raise Nonfinite if the gradient holds NaN or Infinity."""
+        if where := first_nonfinite(self._attach(gradients)):
+            raise Nonfinite(where)
+
+    def evaluate(
+        self,
+        loss: float,
+        gradients: Gradients,
+        *,
+        metric: float | None = None,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """LBFGS: take loss and gradient at the trial params; applied when the line search is done."""
+        assert self.line_search is not None
+        grads = self._attach(gradients)
+        flat = torch.cat(
+            [
+                grads[n].reshape(-1) if n in grads else torch.zeros_like(p).reshape(-1)
+                for n, p in self.parameters.items()
+            ]
+        )
+        norm, used = total_norm(grads), self.groups()
+        if not self.line_search.evaluate(loss, flat, self.params):
+            return Outcome(applied=False, grad_norm=norm, groups=used)
+        moved = self._after_update(metric, recorded)
+        return Outcome(applied=True, grad_norm=norm, groups=used, moved=moved)
+
+
+def _shown(value: Any) -> Any:
+    """Return a hyperparameter as JSON has it: tuples are lists, one-element tensors numbers."""
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value
+
+
+def to_coo(coo: Coo) -> torch.Tensor:
+    """Return a coalesced torch COO tensor: duplicates are summed."""
+    made: torch.Tensor = torch.sparse_coo_tensor(
+        from_wire(coo.indices), from_wire(coo.values), list(coo.shape), check_invariants=False
+    ).coalesce()
+    return made
+
+
+def _dense(grad: torch.Tensor) -> torch.Tensor:
+    return grad._values() if grad.is_sparse else grad
+
+
+def total_norm(grads: Mapping[str, torch.Tensor]) -> float:
+    """Return the 2-norm over all gradients, in their order."""
+    return float(get_total_norm([_dense(grad) for grad in grads.values()]))
+
+
+def first_nonfinite(grads: Mapping[str, torch.Tensor]) -> str | None:
+    """Return a sentence that names the first NaN or Infinity, or None."""
+    for name, grad in grads.items():
+        bad = torch.nonzero(~torch.isfinite(_dense(grad)))
+        if len(bad):
+            index = bad[0].tolist()
+            value = float(_dense(grad)[tuple(index)])
+            return f"grads[{name!r}]{index or ''} is {value}, must be finite"
+    return None
+
+
+def changed_hyper(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return, per group, the hyperparameters that differ."""
+    return [
+        {k: v for k, v in new.items() if k not in old or old[k] != v}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def from_json(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters as torch has them: what JSON writes as a list is a tuple."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in hyper.items()}

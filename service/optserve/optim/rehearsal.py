@@ -1,0 +1,127 @@
+"""A dry step on a throw-away copy, so that what torch would refuse is known at creation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from optserve.optim import catalogue, checkpoint
+from optserve.optim.arena import GradientBuffer
+from optserve.optim.engine import Engine
+from optserve.optim.layout import Layout
+from optserve.optim.recipe import Recipe
+from optserve.optim.refusals import torchs_refusals
+from optserve_client import wire
+from optserve_client.errors import Invalid, TorchRefused
+
+#: Above this many elements the copy is made of smaller tensors: what torch refuses depends on
+#: rank, emptiness, dtype and hyperparameters, not on how long a dimension is.
+_FULL_SIZE_ELEMENTS = 100_000
+_SMALL_DIMENSION = 8
+
+
+@dataclass(frozen=True)
+class _Coo:
+    indices: np.ndarray
+    values: np.ndarray
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Ones:
+    buffer: GradientBuffer
+    none: frozenset[str] = frozenset()
+    sparse: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rehearse(recipe: Recipe, layout: Layout) -> None:
+    """Build the session's optimizer on stand-in params and make one update.
+
+    Raises TorchRefused with torch's sentence, or any refusal of ours.
+    """
+    numel = sum(slot.numel for slot in layout.slots)
+    shapes = [(slot.name, slot.shape) for slot in layout.slots]
+    if numel > _FULL_SIZE_ELEMENTS:
+        shapes = [(n, tuple(min(d, _SMALL_DIMENSION) for d in shape)) for n, shape in shapes]
+    small = Layout.pack(layout.dtype, shapes)
+    with torchs_refusals():
+        _step(Engine(replace(recipe, accumulate_steps=1), small, None))
+
+
+def rehearse_group(
+    engine: Engine, fields: Mapping[str, Any], params: Mapping[str, wire.Tensor]
+) -> None:
+    """Rehearse the engine's recipe with one more group of new params."""
+    shapes = [(slot.name, slot.shape) for slot in engine.layout.slots]
+    added = [(name, tuple(tensor.shape)) for name, tensor in params.items()]
+    groups = (*engine.recipe.groups, {**fields, "params": list(params)})
+    rehearse(
+        replace(engine.recipe, groups=groups), Layout.pack(engine.layout.dtype, shapes + added)
+    )
+
+
+def check_imported(engine: Engine) -> None:
+    """Compare the optimizer state of ``engine`` with what one step makes, and step on a copy.
+
+    Raises Invalid or TorchRefused. A kernel trusts the sizes of its state: a wrong one would be read
+    beyond its end.
+    """
+    with torchs_refusals():
+        fresh = Engine(replace(engine.recipe, accumulate_steps=1), engine.layout, None)
+        _step(fresh)
+    total = sum(slot.numel for slot in engine.layout.slots)
+    for name, parameter in engine.parameters.items():
+        expected = _leaves(catalogue.read_state(fresh.optimizer, fresh.parameters[name]))
+        usual = {tuple(parameter.shape), (), (1,), (total,)}
+        found = _leaves(catalogue.read_state(engine.optimizer, parameter))
+        for key, tensors in found.items():
+            kinds = {(tuple(t.shape), t.dtype) for t in expected.get(key, [])}
+            for tensor in tensors:
+                shape = tuple(tensor.shape)
+                if (shape, tensor.dtype) not in kinds and (kinds or shape not in usual):
+                    raise Invalid(
+                        f"'state/{name}/{key}' is {tensor.dtype} {list(shape)}, "
+                        f"which {engine.entry.name} does not make for this parameter"
+                    )
+    with torchs_refusals():
+        trial = checkpoint.load(engine.recipe, engine.layout, *checkpoint.dump(engine))
+        _step(trial)
+
+
+def _step(engine: Engine) -> None:
+    buffer = engine.pool.lease()
+    buffer.arena.flat.fill_(0.5)
+    sparse = {name: _one_element(engine.layout, name) for name in engine.recipe.sparse}
+    if engine.line_search is not None:
+        engine.evaluate(1.0, _Ones(buffer), metric=1.0)
+    else:
+        engine.push(engine.inspect(_Ones(buffer, sparse=sparse)), metric=1.0)
+
+
+def _leaves(state: Any, key: str = "") -> dict[str, list[torch.Tensor]]:
+    """Return the tensors of a state by key; those of one list are together, whatever its length."""
+    if isinstance(state, torch.Tensor):
+        return {key: [state]}
+    found: dict[str, list[torch.Tensor]] = {}
+    items = state.items() if isinstance(state, dict) else ((None, item) for item in state)
+    for name, item in items:
+        if isinstance(item, (torch.Tensor, dict, list, tuple)):
+            below = f"{key}/{name}".lstrip("/") if name is not None else key
+            for found_key, tensors in _leaves(item, below).items():
+                found.setdefault(found_key, []).extend(tensors)
+    return found
+
+
+def _one_element(layout: Layout, name: str) -> _Coo:
+    shape = layout.by_name[name].shape
+    if not shape:
+        raise TorchRefused(f"sparse: params[{name!r}] is a scalar; a sparse gradient needs rows")
+    nnz = 0 if 0 in shape else 1
+    values = torch.ones(
+        (nnz, *shape[1:]), dtype=torch.float64 if layout.dtype == "F64" else torch.float32
+    )
+    return _Coo(np.zeros((1, nnz), np.int64), values.numpy(), shape)

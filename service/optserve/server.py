@@ -1,0 +1,164 @@
+"""The process around the app: its socket, its signals, and the line that says that it is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+
+from optserve.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 2048
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class CannotListen(Exception):
+    """The socket that the settings ask for cannot be had."""
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return the listening socket that ``settings`` ask for.
+
+    It is bound before anything slow is imported: a port in use is known at once, and who connects
+    while torch is still loading waits instead of being refused.
+    """
+    try:
+        if settings.fd is not None:
+            where = f"the inherited descriptor {settings.fd}"
+            sock = socket.socket(fileno=settings.fd)
+        elif settings.uds is not None:
+            where = settings.uds
+            _remove_dead_socket(settings.uds)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.bind(settings.uds)
+        else:
+            where = f"{settings.host}:{settings.port}"
+            family, kind, proto, _, address = socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = socket.socket(family, kind, proto)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        raise CannotListen(f"cannot listen on {where}: {exc.strerror or exc}") from exc
+    sock.setblocking(False)
+    return sock
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Unlink the socket file that a killed server left behind, but not one that somebody serves."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+
+
+def address_of(sock: socket.socket) -> str:
+    """Return ``http://host:port`` or ``unix:/path``, with the port that was really bound."""
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{name.decode() if isinstance(name, bytes) else name}"
+    host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
+    return f"http://{host}:{name[1]}"
+
+
+def is_private(sock: socket.socket) -> bool:
+    """Return whether only this machine can reach ``sock``."""
+    return sock.family == socket.AF_UNIX or ipaddress.ip_address(sock.getsockname()[0]).is_loopback
+
+
+class Server(uvicorn.Server):
+    """uvicorn, except that it warms up after binding and that a signal is an orderly exit.
+
+    The first SIGTERM or SIGINT stops accepting, lets open requests finish for ``drain_s`` and exits
+    with 0; the second one exits at once.
+    """
+
+    def __init__(self, app: Any, settings: Settings, warm: Callable[[], str]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                loop="uvloop",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=settings.keep_alive_s,
+                timeout_graceful_shutdown=settings.drain_s,
+            )
+        )
+        #: Blocks until the first request would be as fast as the hundredth; returns the ready line.
+        self._warm = warm
+        self._warming: asyncio.Task[None] | None = None
+        self.failure: BaseException | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._warming = asyncio.create_task(self._announce())
+
+    async def _announce(self) -> None:
+        try:
+            line = await asyncio.to_thread(self._warm)
+        except Exception as exc:
+            log.exception("the server could not warm up")
+            self.failure = exc
+            self.should_exit = True
+        else:
+            print(line, flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            # Nothing that was acknowledged depends on an orderly exit.
+            os._exit(128 + sig)
+        self.should_exit = True
+
+
+def serve(app: Any, sock: socket.socket, settings: Settings, warm: Callable[[], str]) -> int:
+    """Serve ``app`` on ``sock`` until a signal comes; return the exit status."""
+    if not is_private(sock):
+        log.warning(
+            "this address can be reached from other machines and there is no authentication yet",
+            address=address_of(sock),
+        )
+    server = Server(app, settings, warm)
+    try:
+        server.run(sockets=[sock])
+    finally:
+        if settings.uds is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(settings.uds)
+    sys.stdout.flush()
+    return 0 if server.failure is None else 1

@@ -1,0 +1,257 @@
+"""The fields of a request that are not tensors, and the sentences that refuse them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Annotated, Any, Literal, NoReturn, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from optserve_client import wire
+from optserve_client.errors import Invalid, Malformed, OptserveError, TooLarge
+
+#: Of the JSON string in a frame's metadata. Names of parameters whose gradient is None lie in it.
+TEXT_LIMIT_BYTES = 2**20
+MAX_METRICS = 100
+#: What an SQL integer holds.
+MAX_INT = 2**63 - 1
+
+_SHOWN = 80
+_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
+#: What pydantic puts into a location to say which member of a union it tried.
+_UNION_TAG = re.compile(r"int|float|str|bool|[A-Z]\w*|(?:list|dict|tuple)\[.*\]")
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _SHOWN
+
+
+class Fields(BaseModel):
+    """Base of all request models: no unknown keys, no coercion, no NaN or Infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            known = [f.alias or name for name, f in cls.model_fields.items()]
+            for key in data:
+                if key not in known:
+                    raise PydanticCustomError(
+                        "unknown_field", "{text}", {"text": unknown(key, known)}
+                    )
+        return data
+
+    @classmethod
+    def parse(cls, data: Any, where: str = "") -> Self:
+        """Return the model of parsed JSON; raise Invalid with a sentence about the first fault."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as exc:
+            raise explain(exc, where) from exc
+
+
+def _our_check(check: Any, *args: Any) -> AfterValidator:
+    """Make one of wire's checks a pydantic validator; explain keeps its sentence."""
+
+    def validate(value: Any) -> Any:
+        try:
+            check(*args, value)
+        except OptserveError as exc:
+            raise PydanticCustomError("ours", "{text}", {"text": exc.detail}) from exc
+        return value
+
+    return AfterValidator(validate)
+
+
+def _check_reply_dtype(name: str) -> None:
+    if wire.dtype_tag(name) not in {"F64", "F32", "F16", "BF16"}:
+        raise Invalid(
+            f"return_dtype must be float64, float32, float16 or bfloat16, got {shown(name)}"
+        )
+
+
+def _check_metric_name(name: str) -> None:
+    if not 1 <= len(name) <= 256 or not name.isprintable():
+        raise Invalid(f"a metric's name must be 1 to 256 printable characters, got {shown(name)}")
+
+
+Worker = Annotated[str, _our_check(wire.check_id, "worker")]
+MetricName = Annotated[str, _our_check(_check_metric_name)]
+Metrics = Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)]
+
+
+class StepFields(Fields):
+    """Everything in a step but its tensors. A null is the same as leaving the field out."""
+
+    #: Parameters whose gradient is None: the optimizer leaves them alone.
+    none: list[str] = []
+    #: Assigned to ``param_groups[i]`` before the update, and stays.
+    groups: list[dict[str, Any]] | None = None
+    #: At the params at which the gradient was taken. Finite: a step without one is worth more than
+    #: a history that JSON cannot show.
+    loss: float | None = None
+    metrics: Metrics = {}
+    worker: Worker | None = None
+    epoch: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    seq: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
+    #: Version that the gradient was computed on.
+    base_version: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    generation: Annotated[str, Field(max_length=128)] | None = None
+    #: The gradient was multiplied by this; the server divides.
+    loss_scale: Annotated[float, Field(gt=0)] | None = None
+    dry_run: bool = False
+    return_: Annotated[Literal["params", "delta", "none"], Field(alias="return")] = "params"
+    return_encoding: Literal["list", "base64"] | None = None
+    return_dtype: Annotated[str, _our_check(_check_reply_dtype)] | None = None
+    #: Give up an open LBFGS line search.
+    abandon: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`parse` makes this of: only what was given."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def load_object(text: str, what: str) -> dict[str, Any]:
+    """Parse the JSON object in ``text``, a field of a frame; as strict as a JSON body is."""
+    if len(text) > TEXT_LIMIT_BYTES:
+        raise TooLarge(f"{what} has {len(text)} characters, the limit is {TEXT_LIMIT_BYTES}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in out:
+                raise Malformed(f"{what} has the key {shown(key)} twice in one object")
+            out[key] = value
+        return out
+
+    def constant(name: str) -> NoReturn:
+        raise Malformed(f"{what} is not JSON: {name} is no JSON number")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        if "\\u" in text:  # only an escape can bring a lone surrogate, which no reply could carry
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as exc:
+        raise Malformed(f"{what} is nested too deeply") from exc
+    except ValueError as exc:
+        raise Malformed(f"{what} is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise Malformed(f"{what} must be a JSON object, got {shown(value)}")
+    return value
+
+
+# --- sentences -----------------------------------------------------------------------------------
+
+
+def explain(exc: ValidationError, where: str = "") -> Invalid:
+    """Return Invalid with a sentence about the first fault: field, bound and value.
+
+    ``where`` names the object that was validated, if it is not the whole body: ``optimizer``.
+    """
+    faults = exc.errors(include_url=False)
+    fault, loc, bound = faults[0], faults[0]["loc"], ""
+    for at, step in enumerate(loc):
+        if isinstance(step, str) and _UNION_TAG.fullmatch(step):
+            branches = [f for f in faults if f["loc"][:at] == loc[:at] and len(f["loc"]) > at]
+            if len({f["loc"][at] for f in branches}) > 1:
+                fault, bound = _closest(branches, at + 1)
+                loc = (*fault["loc"][:at], *fault["loc"][at + 1 :])
+                break
+    path = path_of(loc, where)
+    if fault["type"] == "extra_forbidden":
+        sentence = _inside(path_of(loc[:-1], where), unknown(loc[-1], ()))
+    else:
+        sentence = _sentence(fault, path, bound)
+    return Invalid(sentence, field=path) if path else Invalid(sentence)
+
+
+def _closest(branches: list[ErrorDetails], depth: int) -> tuple[ErrorDetails, str]:
+    """Return the fault of the union member whose type fits, else any and the bounds of all."""
+    for fault in branches:
+        if len(fault["loc"]) > depth or not fault["type"].endswith("_type"):
+            return fault, ""
+    return branches[0], " or ".join(dict.fromkeys(_BOUNDS.get(f["type"], "") for f in branches))
+
+
+def path_of(loc: Iterable[int | str], where: str = "") -> str:
+    """Return a pydantic location as in Python: ``groups[0].lr``."""
+    path = where
+    for step in loc:
+        if step == "[key]":
+            continue
+        if isinstance(step, str) and _PLAIN_KEY.fullmatch(step):
+            path += f".{step}" if path else step
+        else:
+            path += f"[{shown(step)}]"
+    return path
+
+
+def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
+    """Return ``unknown field 'lrr' (did you mean 'lr'?)``."""
+    # Comparing takes some 20 us per name: a session with 10,000 parameters gets fewer hints.
+    close = difflib.get_close_matches(str(name)[:256], islice(known, 1_000), n=1)
+    return f"unknown {what} {shown(name)}" + (f" (did you mean {close[0]!r}?)" if close else "")
+
+
+def shown(value: object) -> str:
+    """Return ``value`` for a sentence, in JSON's words, at most 80 characters of it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"  # its decimal digits may be refused
+    text = repr(value[:_SHOWN]) if isinstance(value, str) else _REPR.repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+_BOUNDS = {
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "greater_than": "> {gt:g}",
+    "greater_than_equal": ">= {ge:g}",
+    "less_than": "< {lt:g}",
+    "less_than_equal": "<= {le:g}",
+    "literal_error": "{expected}",
+}
+
+
+def _sentence(fault: ErrorDetails, path: str, bound: str) -> str:
+    kind, context, value = fault["type"], fault.get("ctx", {}), fault["input"]
+    thing = path or "the body"
+    if kind == "unknown_field":
+        return _inside(path, fault["msg"])
+    if kind == "ours":
+        return fault["msg"]
+    if kind == "missing":
+        return f"{thing} is missing"
+    if bound := bound or _BOUNDS.get(kind, ""):
+        return f"{thing} must be {bound.format(**context)}, got {shown(value)}"
+    if kind in {"too_long", "too_short", "string_too_long", "string_too_short"}:
+        most, unit = ("most", "max") if kind.endswith("long") else ("least", "min")
+        what = "characters" if kind.startswith("string") else "entries"
+        return f"{thing} must have at {most} {context[f'{unit}_length']} {what}, got {len(value)}"
+    return f"{thing}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {shown(value)}"
+
+
+def _inside(path: str, sentence: str) -> str:
+    return f"{path}: {sentence}" if path else sentence

@@ -1,0 +1,276 @@
+"""A binary step on its way in: chunks of any size go straight to where the update reads them.
+
+The header comes first and is judged whole, before a buffer is leased: names, kinds, shapes, dtypes
+and fields. After that a chunk costs a hash, a write to the journal and a copy into the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from optserve.optim.layout import Layout
+from optserve.sessions.fields import StepFields, load_object, shown
+from optserve.sessions.step import (
+    Expected,
+    Lease,
+    OpenWriter,
+    Sparse,
+    Step,
+    check_indices,
+    step_from_json,
+)
+from optserve.store import PayloadWriter
+from optserve_client import wire
+from optserve_client.errors import Invalid, Malformed, TooLarge
+
+if TYPE_CHECKING:
+    from optserve.optim.arena import GradientBuffer
+
+__all__ = ["Sparse", "Step", "StepIntake", "read_fields", "step_from_json"]
+
+_PREFIX_BYTES = 8
+
+
+class StepIntake:
+    """Parses one safetensors body. Feed it, then finish or abort; whatever raises has aborted.
+
+    Tensors: ``grad/<name>``; ``sparse/<name>/indices`` (int64 ``[n, nnz]``) and
+    ``sparse/<name>/values``; ``param/<name>`` for those params that replace the session's. A
+    gradient of the session's dtype goes into place as it arrives, a narrower one in :meth:`finish`.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: Layout,
+        sparse: Collection[str],
+        lease: Lease,
+        writer: OpenWriter | None,
+        limit_bytes: int | None = None,
+        fields: StepFields | None = None,
+    ) -> None:
+        """``writer`` is None in a replay. ``fields``: already known, the frame's are not read."""
+        self._expected = Expected(layout=layout, sparse=frozenset(sparse))
+        self._lease = lease
+        self._writer = writer
+        self._limit = limit_bytes
+        #: Known once the header has arrived, as is ``frame_bytes``.
+        self.fields = fields
+        self.frame_bytes: int | None = None
+        self._head = bytearray()
+        self._head_bytes = _PREFIX_BYTES
+        self._received = 0
+        self._none: frozenset[str] = frozenset()
+        #: Tensors that do not arrive in the buffer, by their name in the frame.
+        self._staged: dict[str, wire.Tensor] = {}
+        #: Where the bytes go, in the order of the frame; empty tensors are left out.
+        self._targets: list[memoryview] = []
+        self._target = 0
+        self._filled = 0
+        self._buffer: GradientBuffer | None = None
+        self._journal: PayloadWriter | None = None
+        self._closed = False
+
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Take the next bytes of the body; ``chunk`` may be overwritten afterwards.
+
+        Raises Malformed, TooLarge, Invalid or MissingGradient once the header is complete,
+        Malformed for bytes after the frame's end, and what lease and writer raise.
+        """
+        if self._closed:
+            raise ValueError("the intake is finished or aborted")
+        try:
+            piece = memoryview(chunk)
+            if self.frame_bytes is None:
+                piece = self._feed_head(piece)
+            if piece:
+                self._feed_data(piece)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _feed_head(self, piece: memoryview) -> memoryview:
+        """Take the prefix and the header; return what is left of ``piece``."""
+        while piece and self.frame_bytes is None:
+            take = self._head_bytes - len(self._head)
+            self._head += piece[:take]
+            piece = piece[take:]
+            if len(self._head) < self._head_bytes:
+                break
+            if self._head_bytes == _PREFIX_BYTES:
+                self._head_bytes += wire.header_length(self._head)
+                self._check_size(self._head_bytes)
+            else:
+                self._begin()
+        return piece
+
+    def _check_size(self, size: int) -> None:
+        if self._limit is not None and size > self._limit:
+            raise TooLarge(f"the body has {size} bytes or more, the limit is {self._limit}")
+
+    def _begin(self) -> None:
+        """Judge the header, then lease the buffer and open the journal."""
+        header = wire.parse_header(memoryview(self._head)[_PREFIX_BYTES:])
+        self._check_size(header.frame_bytes)
+        if self.fields is None:
+            self.fields = StepFields.parse(read_fields(header.metadata))
+        in_place = self._check(header)
+        buffer = self._buffer = self._lease()
+        for info in header.tensors:
+            if name := in_place.get(info.name):
+                target = buffer.view(name)
+            else:
+                raw = np.empty(info.end - info.begin, np.uint8)
+                self._staged[info.name] = wire.from_bytes(info.dtype, info.shape, raw.data)
+                target = raw.data
+            if target.nbytes:
+                self._targets.append(target)
+        if self._writer is not None:
+            self._journal = self._writer(header.frame_bytes)
+            self._journal.write(self._head)
+        self._received = len(self._head)
+        self.frame_bytes = header.frame_bytes
+        self._head = bytearray()
+
+    def _check(self, header: wire.Header) -> dict[str, str]:
+        """Refuse what this session cannot take; return which gradients need no widening."""
+        assert self.fields is not None
+        expected = self._expected
+        in_place: dict[str, str] = {}
+        dense: set[str] = set()
+        halves: dict[str, dict[str, wire.TensorInfo]] = {}
+        for info in header.tensors:
+            what = shown(info.name)
+            kind, _, name = info.name.partition("/")
+            if kind == "grad":
+                expected.check_dense(name, what)
+                dense.add(name)
+                self._check_tensor(info, expected.slot_shape(name, what), what)
+                if info.dtype == expected.layout.dtype:
+                    in_place[info.name] = name
+            elif kind == "param":
+                self._check_tensor(info, expected.slot_shape(name, what), what)
+            elif kind == "sparse" and name.endswith(("/indices", "/values")):
+                name, _, half = name.rpartition("/")
+                expected.check_sparse(name, what)
+                halves.setdefault(name, {})[half] = info
+            else:
+                raise Invalid(
+                    f"tensor {what} must be called grad/<name>, param/<name>, "
+                    "sparse/<name>/indices or sparse/<name>/values"
+                )
+        for name, pair in halves.items():
+            self._check_sparse(name, pair)
+        self._none = expected.check_complete(dense | halves.keys(), self.fields.none)
+        return in_place
+
+    def _check_tensor(self, info: wire.TensorInfo, shape: tuple[int, ...], what: str) -> None:
+        if info.shape != shape:
+            raise Invalid(f"{what} has shape {list(info.shape)}, expected {list(shape)}")
+        dtype = self._expected.layout.dtype
+        if info.dtype != dtype:
+            # An empty tensor is refused for the same reasons as the one that is still to come.
+            wire.widen(wire.from_bytes(info.dtype, (0,), b""), dtype, what)
+
+    def _check_sparse(self, name: str, pair: dict[str, wire.TensorInfo]) -> None:
+        for half in ("indices", "values"):
+            if half not in pair:
+                raise Invalid(f"the sparse gradient of {shown(name)} lacks sparse/<name>/{half}")
+        indices, values = pair["indices"], pair["values"]
+        if indices.dtype != "I64":
+            have = wire.dtype_name(indices.dtype)
+            raise Invalid(f"{shown(indices.name)} is {have}, expected int64")
+        dims = self._expected.check_coo(name, indices.shape, shown(indices.name))
+        self._check_tensor(values, dims, shown(values.name))
+
+    def _feed_data(self, piece: memoryview) -> None:
+        assert self.frame_bytes is not None
+        if self._received + len(piece) > self.frame_bytes:
+            raise Malformed(f"the body goes on after the {self.frame_bytes} bytes of its frame")
+        if self._journal is not None:
+            self._journal.write(piece)
+        self._received += len(piece)
+        while piece:
+            target = self._targets[self._target]
+            take = min(len(target) - self._filled, len(piece))
+            target[self._filled : self._filled + take] = piece[:take]
+            piece = piece[take:]
+            self._filled += take
+            if self._filled == len(target):
+                self._target, self._filled = self._target + 1, 0
+
+    def finish(self) -> Step:
+        """Return the step; it owns the buffer and the payload from now on.
+
+        Widens and checks indices, so it may take a while for large tensors: any thread may call it.
+        Raises Malformed if the body is not complete, Invalid for an index out of bounds.
+        """
+        if self._closed:
+            raise ValueError("the intake is finished or aborted")
+        try:
+            return self._finish()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _finish(self) -> Step:
+        if self.frame_bytes is None:
+            raise Malformed(f"the body ended after {len(self._head)} bytes, inside its header")
+        if self._received < self.frame_bytes:
+            raise Malformed(f"the body ended after {self._received} of {self.frame_bytes} bytes")
+        assert self._buffer is not None
+        assert self.fields is not None
+        dtype, slots = self._expected.layout.dtype, self._expected.layout.by_name
+        params: dict[str, wire.Tensor] = {}
+        sparse: dict[str, Sparse] = {}
+        for full_name, tensor in self._staged.items():
+            kind, _, name = full_name.partition("/")
+            if kind == "grad":
+                self._buffer.view(name)[:] = wire.as_bytes(wire.widen(tensor, dtype, full_name))
+            elif kind == "param":
+                params[name] = wire.widen(tensor, dtype, full_name)
+            elif name.endswith("/values"):
+                name = name.removesuffix("/values")
+                indices = self._staged[f"sparse/{name}/indices"]
+                assert isinstance(indices, np.ndarray)
+                shape = slots[name].shape
+                check_indices(indices, shape, f"sparse/{name}/indices")
+                values = wire.widen(tensor, dtype, full_name)
+                sparse[name] = Sparse(indices=indices, values=values, shape=shape)
+        digest, payload = b"", None
+        if self._journal is not None:
+            digest, payload = self._journal.digest(), self._journal.seal()
+        step = Step(
+            fields=self.fields,
+            buffer=self._buffer,
+            none=self._none,
+            sparse=sparse,
+            params=params or None,
+            digest=digest,
+            payload=payload,
+        )
+        self._buffer = self._journal = None
+        self.abort()
+        return step
+
+    def abort(self) -> None:
+        """Give the buffer back and forget the payload; does nothing after finish."""
+        self._closed = True
+        buffer, self._buffer = self._buffer, None
+        journal, self._journal = self._journal, None
+        self._targets.clear()
+        self._staged.clear()
+        if journal is not None:
+            journal.discard()
+        if buffer is not None:
+            buffer.release()
+
+
+def read_fields(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the JSON object of a frame's fields; empty if the frame brings none."""
+    if (text := metadata.get(wire.META_KEY)) is None:
+        return {}
+    return load_object(text, f"__metadata__[{wire.META_KEY!r}]")

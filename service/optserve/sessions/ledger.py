@@ -1,0 +1,265 @@
+"""Which requests of whom were already committed: exactly-once bookkeeping of one session.
+
+Pure: a fold over the session's events, so that it comes back from a snapshot and a replay. Time is
+passed in and only ever forgets keys.
+
+A worker numbers its requests to a session from 1, sends them one at a time and repeats one with
+the same number until it is answered. A repeat within its last 16 is answered from here; what is
+older, or skips a number, is refused, because the ledger cannot tell whether it was applied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optserve_client import wire
+from optserve_client.errors import Fenced, Invalid, KeyReused, OutOfSequence
+
+#: Results kept per worker.
+RESULTS_PER_WORKER = 16
+#: Results kept per session: of all its workers together, and of keys.
+RESULTS = 10_000
+#: Workers whose last seq is known. Clients draw random names, so the oldest must go at some point;
+#: a forgotten one that goes on is refused with out_of_sequence.
+WORKERS = 100_000
+KEY_LIFE_S = 24 * 3600.0
+KEY_LENGTH = 255
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Who sent a request and which of its requests it is: worker and seq, or a key, or neither."""
+
+    worker: str | None = None
+    #: None: the worker's current one.
+    epoch: int | None = None
+    seq: int | None = None
+    #: The Idempotency-Key header.
+    key: str | None = None
+    #: XXH3-128 of method, kind of path and body.
+    digest: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duplicate:
+    """A request that was committed before."""
+
+    #: Version that it made; None if it made none.
+    applied_version: int | None
+    #: Scalars of the reply it got.
+    reply: dict[str, Any]
+    lsn: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Result:
+    digest: bytes
+    applied_version: int | None
+    lsn: int
+    reply: dict[str, Any]
+    #: A worker's request has a seq, one with a key the time of its event.
+    seq: int = 0
+    time: float = 0.0
+
+    def duplicate(self) -> Duplicate:
+        reply = copy.deepcopy(self.reply)
+        return Duplicate(applied_version=self.applied_version, reply=reply, lsn=self.lsn)
+
+    def dump(self) -> dict[str, Any]:
+        row = {name: getattr(self, name) for name in self.__slots__}
+        return {**row, "digest": self.digest.hex()}
+
+    @classmethod
+    def load(cls, row: Mapping[str, Any]) -> _Result:
+        return cls(**{**row, "digest": bytes.fromhex(row["digest"])})
+
+
+@dataclass(slots=True)
+class _Worker:
+    epoch: int = 1
+    last_seq: int = 0
+    #: Of the seqs up to ``last_seq``, without gaps.
+    results: deque[_Result] = field(default_factory=deque)
+
+
+class Ledger:
+    """What was committed, by worker and by key."""
+
+    def __init__(self) -> None:
+        #: The one whose last commit is oldest comes first.
+        self._workers: OrderedDict[str, _Worker] = OrderedDict()
+        #: ``(worker, seq)`` of all results that the workers hold, oldest first.
+        self._held: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._keys: OrderedDict[str, _Result] = OrderedDict()
+
+    def position(self, worker: str) -> tuple[int, int]:
+        """Return ``(epoch, last_seq)`` of a worker; ``(1, 0)`` for one that never sent anything."""
+        known = self._workers.get(worker)
+        return (known.epoch, known.last_seq) if known else (1, 0)
+
+    def check(self, identity: Identity, now: float) -> Duplicate | None:
+        """Return what a repeat was answered, or None if it is new; ``now`` in Unix seconds.
+
+        Raises Invalid for half an identity or two of them, Fenced for an epoch below the worker's
+        current one, OutOfSequence for a gap, a repeat older than the kept results, or an epoch that
+        was never given (the worker's numbers are not this session's; both errors carry ``epoch``
+        and ``last_seq``), KeyReused if the same number or key came with another payload.
+        Changes nothing: only :meth:`commit` does.
+        """
+        check_identity(identity)
+        if identity.key is not None:
+            return self._check_key(identity.key, identity.digest, now)
+        if identity.worker is None or identity.seq is None:
+            return None
+        return self._check_seq(identity.worker, identity.epoch, identity.seq, identity.digest)
+
+    def _check_key(self, key: str, digest: bytes, now: float) -> Duplicate | None:
+        known = self._keys.get(key)
+        if known is None or known.time < now - KEY_LIFE_S:
+            return None
+        if known.digest != digest:
+            raise KeyReused(f"Idempotency-Key {key!r} was used before with another payload")
+        return known.duplicate()
+
+    def _check_seq(
+        self, worker: str, epoch: int | None, seq: int, digest: bytes
+    ) -> Duplicate | None:
+        current, last = self.position(worker)
+        at = {"epoch": current, "last_seq": last}
+        if epoch is not None and epoch < current:
+            raise Fenced(
+                f"worker {worker!r} sent epoch {epoch}, the current one is {current}", **at
+            )
+        if epoch is not None and epoch > current:
+            raise OutOfSequence(
+                f"worker {worker!r} sent epoch {epoch}, the highest given is {current}", **at
+            )
+        if seq == last + 1:
+            return None
+        sent = f"worker {worker!r} sent seq {seq}, expected {last + 1} (last applied {last})"
+        if seq > last:
+            raise OutOfSequence(sent, **at)
+        results = self._workers[worker].results
+        if not results or seq < results[0].seq:
+            raise OutOfSequence(f"{sent}; that is too long ago to tell what it did", **at)
+        known = results[seq - results[0].seq]
+        if known.digest != digest:
+            raise KeyReused(f"worker {worker!r} sent seq {seq} before with another payload", **at)
+        return known.duplicate()
+
+    def commit(
+        self,
+        identity: Identity,
+        *,
+        applied_version: int | None,
+        lsn: int,
+        reply: dict[str, Any],
+        time: float,
+    ) -> None:
+        """Note that event ``lsn``, of ``time``, was committed for a request that passed check.
+
+        ``reply`` (JSON) is kept as it is, not copied: do not change it afterwards.
+        """
+        if identity.key is not None:
+            self._commit_key(
+                identity.key,
+                _Result(
+                    digest=identity.digest,
+                    applied_version=applied_version,
+                    lsn=lsn,
+                    reply=reply,
+                    time=time,
+                ),
+            )
+        elif identity.worker is not None and identity.seq is not None:
+            self._commit_seq(
+                identity.worker,
+                _Result(
+                    digest=identity.digest,
+                    applied_version=applied_version,
+                    lsn=lsn,
+                    reply=reply,
+                    seq=identity.seq,
+                ),
+            )
+
+    def _commit_key(self, key: str, result: _Result) -> None:
+        self._keys.pop(key, None)
+        self._keys[key] = result
+        # By order of commit: where the clock was set back, a key lives a little longer.
+        while len(self._keys) > RESULTS or _oldest(self._keys).time < result.time - KEY_LIFE_S:
+            self._keys.popitem(last=False)
+
+    def _commit_seq(self, name: str, result: _Result) -> None:
+        worker = self._workers.setdefault(name, _Worker())
+        self._workers.move_to_end(name)
+        worker.last_seq = result.seq
+        worker.results.append(result)
+        self._held[name, result.seq] = None
+        if len(worker.results) > RESULTS_PER_WORKER:
+            del self._held[name, worker.results.popleft().seq]
+        if len(self._held) > RESULTS:
+            (other, _), _ = self._held.popitem(last=False)
+            self._workers[other].results.popleft()
+        if len(self._workers) > WORKERS:
+            # It holds no results any more: at most RESULTS of the others, which came later, do.
+            self._workers.popitem(last=False)
+
+    def dump(self) -> dict[str, Any]:
+        """Return everything as JSON values, equal for equal histories; replies are shared."""
+        return {
+            "workers": [
+                {
+                    "worker": name,
+                    "epoch": worker.epoch,
+                    "last_seq": worker.last_seq,
+                    "results": [result.dump() for result in worker.results],
+                }
+                for name, worker in self._workers.items()
+            ],
+            "keys": [{"key": key, **result.dump()} for key, result in self._keys.items()],
+        }
+
+    @classmethod
+    def load(cls, dump: Mapping[str, Any]) -> Ledger:
+        """Return the ledger that :meth:`dump` was taken of."""
+        ledger = cls()
+        for row in dump["workers"]:
+            results = deque(_Result.load(result) for result in row["results"])
+            ledger._workers[row["worker"]] = _Worker(row["epoch"], row["last_seq"], results)
+        held = [(r.lsn, name, r.seq) for name, w in ledger._workers.items() for r in w.results]
+        ledger._held.update(((name, seq), None) for _, name, seq in sorted(held))
+        for row in dump["keys"]:
+            result = {name: value for name, value in row.items() if name != "key"}
+            ledger._keys[row["key"]] = _Result.load(result)
+        return ledger
+
+
+def check_identity(identity: Identity) -> None:
+    """Refuse half an identity, or two of them."""
+    if identity.key is not None:
+        if identity.worker is not None or identity.seq is not None or identity.epoch is not None:
+            raise Invalid("send worker and seq or an Idempotency-Key, not both")
+        if not 1 <= len(identity.key) <= KEY_LENGTH:
+            raise Invalid(
+                f"Idempotency-Key must have 1 to {KEY_LENGTH} characters, got {len(identity.key)}"
+            )
+    elif identity.worker is None:
+        for name, value in (("seq", identity.seq), ("epoch", identity.epoch)):
+            if value is not None:
+                raise Invalid(f"{name} {value} needs a worker", field="worker")
+    else:
+        wire.check_id("worker", identity.worker)
+        if identity.seq is None:
+            raise Invalid(f"worker {identity.worker!r} needs a seq", field="seq")
+        for name, value in (("seq", identity.seq), ("epoch", identity.epoch)):
+            if value is not None and value < 1:
+                raise Invalid(f"{name} must be >= 1, got {value}", field=name)
+
+
+def _oldest(keys: OrderedDict[str, _Result]) -> _Result:
+    return next(iter(keys.values()))

@@ -1,0 +1,312 @@
+"""Every change of a session but the step: what must hold, and what it does.
+
+``check`` raises without having changed anything. ``apply`` changes the state; live requests and replay
+both call it, replay with what ``of`` makes of a committed event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from optserve.optim import rehearsal, schedules
+from optserve.optim.engine import from_json
+from optserve.sessions import frames
+from optserve.sessions.config import Adjustable
+from optserve.sessions.finite import check_finite
+from optserve.sessions.state import SessionState, read_engine
+from optserve.sessions.stepping import Change, scheduler_line
+from optserve.store import Event
+from optserve_client import wire
+from optserve_client.errors import Conflict, Invalid
+
+Buffers = list[bytes | memoryview]
+
+
+class Operation(Protocol):
+    """One change of a session."""
+
+    @property
+    def frame(self) -> Buffers | None:
+        """What the journal keeps as the event's payload."""
+
+    def check(self, state: SessionState, abandon: bool) -> None: ...
+
+    def apply(self, state: SessionState, abandon: bool) -> Change: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetParams:
+    """Overwrite all params, keeping the optimizer's state."""
+
+    params: Mapping[str, wire.Tensor]
+
+    @property
+    def frame(self) -> Buffers | None:
+        return wire.encode({f"param/{name}": tensor for name, tensor in self.params.items()})
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        state.check_no_window()
+        state.check_line_search(abandon)
+        check_params(self.params, state)
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.end_line_search()
+        tag = state.layout.dtype
+        state.engine.params.fill({n: wire.widen(t, tag, n) for n, t in self.params.items()})
+        return Change(kind="params", moves=True)
+
+
+def check_params(params: Mapping[str, wire.Tensor], state: SessionState) -> None:
+    """Refuse params that are not exactly the session's: names, shapes, and dtypes that would round."""
+    layout = state.layout
+    if missing := [name for name in layout.names if name not in params]:
+        raise Invalid(f"params lacks {missing[0]!r} (and {len(missing) - 1} more)")
+    for name, tensor in params.items():
+        if name not in layout.by_name:
+            raise Invalid(f"params[{name!r}]: the session has no such parameter")
+        if tuple(tensor.shape) != layout.by_name[name].shape:
+            raise Invalid(
+                f"params[{name!r}] has shape {list(tensor.shape)}, "
+                f"expected {list(layout.by_name[name].shape)}"
+            )
+        wire.widen(tensor, layout.dtype, f"params[{name!r}]")
+    check_finite(params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """Change clip, accumulate, nonfinite, name, notes, tags."""
+
+    #: Only what is to change; already normalised.
+    config: Mapping[str, Any]
+    frame: None = None
+
+    @classmethod
+    def of_body(cls, body: Mapping[str, Any]) -> Patch:
+        fields = Adjustable.parse(body)
+        return cls(config=fields.model_dump(include=fields.model_fields_set))
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        if state.engine.line_search is not None:
+            for name in ("clip_grad_norm", "clip_grad_value"):
+                if self.config.get(name) is not None:
+                    raise Invalid(f"{name} cannot be used with {state.engine.entry.name}")
+            if self.config.get("accumulate", {"steps": 1})["steps"] != 1:
+                raise Invalid(f"accumulate cannot be used with {state.engine.entry.name}")
+        if self.config.get("accumulate", state.config["accumulate"]) != state.config["accumulate"]:
+            state.check_no_window()
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.patch(self.config)
+        return Change(kind="hyper", moves=False, request={"config": dict(self.config)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchGroup:
+    """Set hyperparameters of one group now."""
+
+    index: int
+    hyper: Mapping[str, Any]
+    frame: None = None
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        count = len(state.engine.optimizer.param_groups)
+        if not 0 <= self.index < count:
+            raise Invalid(f"group {self.index}: the session has groups 0 to {count - 1}")
+        state.check_line_search(abandon)
+        self._normal(state)
+
+    def _normal(self, state: SessionState) -> dict[str, Any]:
+        where = f"groups[{self.index}]"
+        normal: dict[str, Any] = state.engine.entry.normalise_change(from_json(self.hyper), where)
+        return normal
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.end_line_search()
+        changes: list[dict[str, Any]] = [{} for _ in range(self.index)] + [self._normal(state)]
+        state.engine.assign(changes)
+        return Change(
+            kind="hyper",
+            moves=False,
+            request={"group": self.index, "hyper": dict(self.hyper)},
+            reply={"groups": state.engine.groups()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddGroup:
+    """torch's add_param_group."""
+
+    fields: Mapping[str, Any]
+    params: Mapping[str, wire.Tensor]
+
+    @property
+    def frame(self) -> Buffers | None:
+        return wire.encode({f"param/{name}": tensor for name, tensor in self.params.items()})
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        engine = state.engine
+        if not engine.entry.groups:
+            raise Invalid(f"{engine.entry.name} has one group only")
+        if not self.params:
+            raise Invalid("params is empty; a group needs at least one parameter")
+        state.check_no_window()
+        state.check_line_search(abandon)
+        for name, tensor in self.params.items():
+            wire.check_param_name(name)
+            if name in state.layout.by_name:
+                raise Conflict(f"params[{name!r}]: the session has a parameter of this name")
+            if wire.dtype_of(tensor) != state.layout.dtype:
+                raise Invalid(
+                    f"params[{name!r}] is {wire.dtype_name(wire.dtype_of(tensor))}, "
+                    f"the session is {wire.dtype_name(state.layout.dtype)}"
+                )
+        check_finite(self.params)
+        fields = engine.entry.normalise_group(from_json(self.fields), "group")
+        if engine.scheduler is not None:
+            engine.scheduler.check_new_group()
+        rehearsal.rehearse_group(engine, fields, self.params)
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.end_line_search()
+        state.add_group(
+            state.engine.entry.normalise_group(from_json(self.fields), "group"), self.params
+        )
+        return Change(
+            kind="group",
+            moves=True,
+            request={"fields": dict(self.fields)},
+            reply={"groups": state.engine.groups()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetScheduler:
+    """Attach a scheduler as torch does, or take it away (None)."""
+
+    spec: Any
+    frame: None = None
+
+    def _checked(self) -> dict[str, Any] | None:
+        return None if self.spec is None else schedules.check(self.spec, "scheduler")
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        rehearsal.rehearse(replace(state.engine.recipe, scheduler=self._checked()), state.layout)
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        spec = self._checked()
+        state.set_scheduler(spec)
+        return Change(
+            kind="scheduler",
+            moves=False,
+            request={"spec": spec, "set": True},
+            reply={"scheduler": scheduler_line(state), "groups": state.engine.groups()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvanceScheduler:
+    """scheduler.step(metrics)."""
+
+    metrics: float | None = None
+    recorded: Mapping[str, Any] | None = None
+    frame: None = None
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        scheduler = state.engine.scheduler
+        if scheduler is None:
+            raise Conflict("the session has no scheduler; PUT one first")
+        if state.engine.advance == "step":
+            raise Conflict("the scheduler advances with each update: its advance is 'step'")
+        if scheduler.needs_metrics != (self.metrics is not None):
+            raise Invalid(
+                "metrics is missing: the scheduler is a ReduceLROnPlateau"
+                if scheduler.needs_metrics
+                else "metrics: only a ReduceLROnPlateau takes them"
+            )
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        moved = state.engine.advance_scheduler(self.metrics, self.recorded)
+        return Change(
+            kind="scheduler",
+            moves=False,
+            request={"metrics": self.metrics},
+            outcome={"moved": moved},
+            reply={"scheduler": scheduler_line(state), "groups": state.engine.groups()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PutMetrics:
+    """Values of a version that came later."""
+
+    version: int
+    metrics: Mapping[str, float]
+    frame: None = None
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        if not 0 <= self.version <= state.version:
+            raise Invalid(f"version is {self.version}, the session has 0 to {state.version}")
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.add_metrics(self.version, self.metrics)
+        request = {"version": self.version, "metrics": dict(self.metrics)}
+        return Change(kind="metrics", moves=False, request=request)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Replace everything but the session's identity by a state file."""
+
+    data: bytes | bytearray | memoryview
+    decoded: list[Any] = field(default_factory=list)
+
+    @property
+    def frame(self) -> Buffers | None:
+        return [memoryview(self.data)]
+
+    def check(self, state: SessionState, abandon: bool) -> None:
+        state.check_line_search(abandon)
+        frame = frames.decode(self.data)
+        self.decoded.append((frame, *read_engine(frame)))
+
+    def apply(self, state: SessionState, abandon: bool) -> Change:
+        if not self.decoded:
+            frame = frames.decode(self.data)
+            self.decoded.append((frame, *read_engine(frame)))
+        frame, config, engine = self.decoded.pop()
+        updates = frame.meta["updates"] - state.updates
+        state.replace_by(config, engine)
+        return Change(kind="import", moves=True, updates=updates)
+
+
+def of_event(event: Event) -> Operation | None:
+    """Return the operation that made ``event``; None for steps and for what changes no state."""
+    request, outcome = event.record.get("request", {}), event.record.get("outcome", {})
+    data = event.payload.read() if event.payload is not None else b""
+    match event.kind:
+        case "params":
+            return SetParams(params=_params(data))
+        case "hyper" if "config" in request:
+            return Patch(config=request["config"])
+        case "hyper":
+            return PatchGroup(index=request["group"], hyper=request["hyper"])
+        case "group":
+            return AddGroup(fields=request.get("fields", {}), params=_params(data))
+        case "scheduler" if "set" in request:
+            return SetScheduler(spec=request.get("spec"))
+        case "scheduler":
+            return AdvanceScheduler(metrics=request.get("metrics"), recorded=outcome)
+        case "metrics":
+            return PutMetrics(version=request["version"], metrics=request["metrics"])
+        case "import":
+            return Import(data=data)
+        case _:
+            return None
+
+
+def _params(data: bytes) -> dict[str, wire.Tensor]:
+    tensors, _ = wire.decode(data)
+    return {name.removeprefix("param/"): tensor for name, tensor in tensors.items()}

@@ -1,0 +1,53 @@
+"""A read-only copy of a session's params at one version, shared by every reply that wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xxhash
+
+from optserve.optim.layout import Layout
+from optserve_client import wire
+from optserve_client.errors import Invalid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """Weights of one version, in the layout's order and dtype."""
+
+    generation: str
+    version: int
+    #: ``live``, ``eval``, ``ema``, ``best``; ``trial`` and ``delta`` in replies only.
+    weights: str
+    layout: Layout
+    #: uint8, read-only, ``layout.nbytes`` long.
+    data: np.ndarray
+
+    def arrays(self) -> dict[str, wire.Tensor]:
+        """Return the tensors by name: views of ``data``."""
+        raw = self.data.data
+        return {
+            slot.name: wire.from_bytes(self.layout.dtype, slot.shape, raw[slot.begin : slot.end])
+            for slot in self.layout.slots
+        }
+
+    def subset(self, names: Iterable[str]) -> Published:
+        """Return only the tensors in ``names``, in the session's order; Invalid for unknown ones."""
+        wanted = list(names)
+        for name in wanted:
+            if name not in self.layout.by_name:
+                raise Invalid(f"names: the session has no parameter {name!r:.80}")
+        smaller = self.layout.subset(wanted)
+        data = np.empty(smaller.nbytes, np.uint8)
+        for slot in smaller.slots:
+            source = self.layout.by_name[slot.name]
+            data[slot.begin : slot.end] = self.data[source.begin : source.end]
+        data.flags.writeable = False
+        return replace(self, layout=smaller, data=data)
+
+    def etag(self, encoding: str, dtype: str) -> str:
+        """Return the strong ETag of this representation."""
+        names = xxhash.xxh3_64_hexdigest("\0".join(self.layout.names).encode())
+        return f'"{self.generation}.{self.version}-{self.weights}-{names}-{encoding}-{dtype}"'

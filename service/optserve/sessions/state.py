@@ -1,0 +1,230 @@
+"""One session as the fold of its journal: each kind of event has one function that applies it.
+
+Live requests and replay go through the same functions. In replay ``recorded`` is what the committed row
+says came out, so that no user expression, clock or reduction is evaluated a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optserve.optim import checkpoint, rehearsal
+from optserve.optim.engine import Engine, Inspected, Outcome
+from optserve.optim.layout import Layout
+from optserve.sessions import config as configs
+from optserve.sessions import frames
+from optserve.sessions.intake import Step
+from optserve.sessions.ledger import Identity, Ledger
+from optserve.store import Event
+from optserve_client import wire
+from optserve_client.errors import Conflict, Invalid, LineSearchOpen
+
+
+@dataclass(kw_only=True)
+class SessionState:
+    """Everything that a snapshot holds. Changed only by its session, under its turn."""
+
+    #: The normalised config; PATCH changes it.
+    config: dict[str, Any]
+    #: Config, dtype and shapes as created: what a second PUT is compared with.
+    origin: dict[str, Any]
+    engine: Engine
+    generation: str
+    created: float
+    ledger: Ledger
+    version: int = 0
+    updates: int = 0
+    lsn: int = 0
+    changed: float = 0.0
+
+    @property
+    def layout(self) -> Layout:
+        return self.engine.layout
+
+    # --- events ----------------------------------------------------------------------------------
+
+    def step(
+        self,
+        step: Step,
+        inspected: Inspected,
+        changes: list[dict[str, Any]],
+        recorded: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """Apply one gradient: params first, then groups, best, and the update."""
+        fields = step.fields
+        if step.params is not None:
+            self.engine.params.fill(step.params)
+        self.engine.assign(changes)
+        self._offer_best(fields.loss, fields.metrics)
+        metric = monitored(self.engine.monitor, fields.loss, fields.metrics)
+        return self.engine.push(inspected, metric=metric, recorded=recorded)
+
+    def evaluate(
+        self,
+        step: Step,
+        changes: list[dict[str, Any]],
+        recorded: Mapping[str, Any] | None = None,
+    ) -> Outcome:
+        """Apply one LBFGS evaluation; the first of a step is at the live params."""
+        search, fields = self.engine.line_search, step.fields
+        assert search is not None and fields.loss is not None
+        if fields.abandon:
+            search.abandon()
+        if not search.open:
+            if step.params is not None:
+                self.engine.params.fill(step.params)
+            self.engine.assign(changes)
+            self._offer_best(fields.loss, fields.metrics)
+        metric = monitored(self.engine.monitor, fields.loss, fields.metrics)
+        return self.engine.evaluate(fields.loss, step, metric=metric, recorded=recorded)
+
+    def _offer_best(self, loss: float | None, metrics: Mapping[str, float] | None) -> None:
+        """A loss belongs to the params at which the gradient was taken: those before the update."""
+        best = self.engine.best
+        if best is not None:
+            value = monitored(self.engine.recipe.best_monitor, loss, metrics)
+            best.offer(value, self.engine.params, self.version)
+
+    def patch(self, fields: Mapping[str, Any]) -> None:
+        """Change the adjustable part of the config."""
+        self.config = {**self.config, **fields}
+        self.engine.adjust(configs.recipe(self.config))
+
+    def add_group(self, fields: Mapping[str, Any], params: Mapping[str, wire.Tensor]) -> None:
+        self.engine.add_group(fields, params)
+        groups = [*self.config["groups"], {"params": list(params), **fields}]
+        self.config = {**self.config, "groups": groups}
+        self.engine.adjust(configs.recipe(self.config))
+
+    def set_scheduler(self, spec: Mapping[str, Any] | None) -> None:
+        self.engine.set_scheduler(spec)
+        self.config = {**self.config, "scheduler": spec}
+        self.engine.adjust(configs.recipe(self.config))
+
+    def replace_by(self, config: dict[str, Any], engine: Engine) -> None:
+        """Import: everything but the session's identity, counters and ledger is another's."""
+        self.config, self.engine = config, engine
+
+    def add_metrics(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Values that came after the step; ``best`` can keep the current version only."""
+        if version == self.version:
+            self._offer_best(None, metrics)
+
+    # --- what must hold --------------------------------------------------------------------------
+
+    def check_no_window(self) -> None:
+        window = self.engine.window
+        if window.count:
+            raise Conflict(
+                f"an accumulation window is open ({window.count} of {window.steps} gradients)",
+                accumulated=window.count,
+                version=self.version,
+            )
+
+    def check_line_search(self, abandon: bool) -> None:
+        """Refuse if a line search is open and is not to be abandoned."""
+        search = self.engine.line_search
+        if search is not None and search.open and not abandon:
+            raise LineSearchOpen(
+                f"an LBFGS line search is open after {len(search.record)} evaluations; "
+                "send abandon: true to give it up",
+                version=self.version,
+            )
+
+    def end_line_search(self) -> None:
+        if self.engine.line_search is not None:
+            self.engine.line_search.abandon()
+
+    # --- counters --------------------------------------------------------------------------------
+
+    def commit(self, event: Event) -> None:
+        """Count one committed event in."""
+        self.lsn, self.version, self.updates = event.lsn, event.version, event.updates
+        self.changed = event.time
+        self.ledger.commit(
+            Identity(
+                worker=event.worker,
+                epoch=event.epoch,
+                seq=event.seq,
+                key=event.idempotency_key,
+                digest=event.digest,
+            ),
+            applied_version=event.record["reply"]["applied_version"],
+            lsn=event.lsn,
+            reply=event.record["reply"],
+            time=event.time,
+        )
+
+    # --- frames ----------------------------------------------------------------------------------
+
+    def frame(self) -> list[bytes | memoryview]:
+        """Return the state file; its buffers are views of live memory, to be copied under the turn."""
+        meta, tensors = checkpoint.dump(self.engine)
+        return frames.encode(
+            {
+                "config": self.config,
+                "origin": self.origin,
+                "shapes": [[slot.name, list(slot.shape)] for slot in self.layout.slots],
+                "dtype": self.config["dtype"],
+                "generation": self.generation,
+                "version": self.version,
+                "updates": self.updates,
+                "lsn": self.lsn,
+                "created": self.created,
+                "ledger": self.ledger.dump(),
+                "engine": meta,
+            },
+            tensors,
+        )
+
+    def clone(self) -> SessionState:
+        """Return an independent copy, to try something out on."""
+        engine = checkpoint.load(self.engine.recipe, self.layout, *checkpoint.dump(self.engine))
+        return replace(self, engine=engine, ledger=copy.deepcopy(self.ledger))
+
+
+def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
+    """Return config and engine of a state file from outside, everything checked.
+
+    Its tensors must have the shapes and dtypes that a step of this optimizer makes, and a step on a
+    copy must go through: nothing that a caller can upload may break a later request.
+    """
+    layout = frame.layout
+    try:
+        config = configs.renormalise(frame.meta["config"], layout)
+        recipe = configs.recipe(config)
+        engine = checkpoint.load(recipe, layout, frame.meta["engine"], frame.tensors)
+        rehearsal.check_imported(engine)
+        counters = [frame.meta[name] for name in ("version", "updates")]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as exc:
+        raise Invalid(f"the state file's pieces do not belong together: {exc!r:.200}") from exc
+    if not all(type(n) is int and 0 <= n < 2**53 for n in counters):
+        raise Invalid(f"the state file's version and updates must be counts, got {counters!r:.80}")
+    return config, engine
+
+
+def restore(meta: Mapping[str, Any], engine: Engine) -> SessionState:
+    """Return the state whose own snapshot had ``meta``."""
+    return SessionState(
+        config=meta["config"],
+        origin=meta["origin"],
+        engine=engine,
+        generation=meta["generation"],
+        created=meta["created"],
+        ledger=Ledger.load(meta["ledger"]),
+        version=meta["version"],
+        updates=meta["updates"],
+        lsn=meta["lsn"],
+    )
+
+
+def monitored(
+    monitor: str | None, loss: float | None, metrics: Mapping[str, float] | None
+) -> float | None:
+    """Return the value that ``monitor`` names among those that came with a request."""
+    if monitor is None:
+        return None
+    return loss if monitor == "loss" else (metrics or {}).get(monitor)

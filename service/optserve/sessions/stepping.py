@@ -1,0 +1,165 @@
+"""One step request against one session: what must hold, what changes, what is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optserve.optim.engine import Inspected, Outcome
+from optserve.sessions.finite import check_finite
+from optserve.sessions.intake import Step
+from optserve.sessions.state import SessionState, monitored
+from optserve.store import Payload
+from optserve_client.errors import Conflict, Invalid, SessionRewound, VersionConflict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One change of a session that is applied but not yet committed."""
+
+    kind: str
+    #: The live params may differ: this makes a version.
+    moves: bool
+    #: Optimizer updates applied.
+    updates: int = 0
+    #: What the request asked for, as far as the payload does not say it: for replay and history.
+    request: Mapping[str, Any] = field(default_factory=dict)
+    #: What came out, for replay.
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+    #: Members of the reply beside the counters.
+    reply: Mapping[str, Any] = field(default_factory=dict)
+    payload: Payload | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A step that was checked: nothing has changed yet, and nothing more can be refused by us."""
+
+    step: Step
+    changes: list[dict[str, Any]]
+    #: None for LBFGS, which looks at its gradient itself.
+    inspected: Inspected | None
+
+
+def prepare(state: SessionState, step: Step) -> Prepared:
+    """Check ``step`` against the session; raises without having changed anything."""
+    fields, engine = step.fields, state.engine
+    if step.buffer.layout != engine.pool.layout:
+        raise Conflict("the session's params changed while the gradient was on its way")
+    if fields.generation is not None and fields.generation != state.generation:
+        raise SessionRewound(
+            f"generation {fields.generation!r:.80} is over, the session's is {state.generation!r}",
+            generation=state.generation,
+            version=state.version,
+        )
+    if fields.base_version is not None and fields.base_version != state.version:
+        raise VersionConflict(
+            f"base_version is {fields.base_version}, the session's version is {state.version}",
+            version=state.version,
+        )
+    if step.params is not None and engine.window.steps > 1:
+        raise Conflict(
+            f"params cannot come with a step while accumulate is {engine.window.steps}: "
+            "use PUT params between two windows",
+            version=state.version,
+        )
+    if step.params is not None:
+        check_finite(step.params)
+    changes = engine.check_change(fields.groups or [])
+    closing = engine.window.count + 1 >= engine.window.steps
+    metric = monitored(engine.monitor, fields.loss, fields.metrics)
+    if engine.advance == "step" and engine.monitor and closing and metric is None:
+        raise Invalid(f"the scheduler follows {engine.monitor!r}, which this step does not send")
+    if engine.line_search is None:
+        if fields.abandon:
+            raise Invalid(f"abandon: {engine.entry.name} has no line search")
+        return Prepared(
+            step=step, changes=changes, inspected=engine.inspect(step, fields.loss_scale)
+        )
+    _check_evaluation(state, step)
+    return Prepared(step=step, changes=changes, inspected=None)
+
+
+def _check_evaluation(state: SessionState, step: Step) -> None:
+    fields, name = step.fields, state.engine.entry.name
+    if fields.loss is None:
+        raise Invalid(f"loss is missing: {name} needs loss and gradients at the same params")
+    if fields.loss_scale is not None:
+        raise Invalid(f"loss_scale cannot be used with {name}")
+    if fields.return_ != "params":
+        raise Invalid(f"return must be 'params' with {name}, got {fields.return_!r}")
+    if step.params is not None or fields.groups:
+        state.check_line_search(fields.abandon)
+    state.engine.check_finite(step)
+
+
+def apply(
+    state: SessionState, prepared: Prepared, recorded: Mapping[str, Any] | None = None
+) -> Change:
+    """Change the session by a prepared step. Whatever raises leaves it half-changed."""
+    step, inspected = prepared.step, prepared.inspected
+    request = {
+        "groups": prepared.changes,
+        "loss": step.fields.loss,
+        "metrics": step.fields.metrics,
+    }
+    common: dict[str, Any] = {"request": request, "loss": step.fields.loss}
+    if inspected is not None and inspected.nonfinite:
+        return Change(
+            kind="skip",
+            moves=False,
+            reply=_reply(
+                state,
+                Outcome(applied=False, groups=state.engine.groups(), **state.engine.window_state()),
+                skipped="nonfinite",
+                detail=inspected.nonfinite,
+            ),
+            **common,
+        )
+    if inspected is None:
+        outcome = state.evaluate(step, prepared.changes, recorded)
+        kind, extra = "evaluate", {"need": None if outcome.applied else "evaluate"}
+    else:
+        outcome = state.step(step, inspected, prepared.changes, recorded)
+        kind, extra = "step" if outcome.applied else "contribution", {}
+    return Change(
+        kind=kind,
+        moves=outcome.applied,
+        updates=int(outcome.applied),
+        outcome={"clip_coef": outcome.clip_coef, "moved": outcome.moved},
+        reply=_reply(state, outcome, **extra),
+        payload=step.payload,
+        grad_norm=outcome.grad_norm,
+        **common,
+    )
+
+
+def _reply(state: SessionState, outcome: Outcome, **extra: Any) -> dict[str, Any]:
+    engine = state.engine
+    reply: dict[str, Any] = {
+        "applied": outcome.applied,
+        "skipped": None,
+        "groups": list(outcome.groups),
+        "scheduler": scheduler_line(state),
+        "grad_norm": outcome.grad_norm,
+        "clip_coef": outcome.clip_coef,
+        **extra,
+    }
+    if engine.window.steps > 1:
+        reply["accumulated"] = outcome.accumulated
+    return reply
+
+
+def scheduler_line(state: SessionState) -> dict[str, Any] | None:
+    """Return what a reply says of the scheduler; ``next_lr`` is per group, for the next update."""
+    engine = state.engine
+    if engine.scheduler is None:
+        return None
+    return {
+        "advance": engine.advance,
+        "last_epoch": engine.scheduler.last_epoch,
+        "next_lr": engine.learning_rates(),
+    }

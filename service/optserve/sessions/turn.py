@@ -1,0 +1,167 @@
+"""Who runs when: each session has a Turn, all turns share a few threads.
+
+Few threads, because torch's OpenMP keeps one pool of workers per thread that calls it, and because
+``torch.set_num_threads`` holds only for the thread that called it: each of ours calls it first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from optserve_client.errors import Unavailable
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+#: Jobs that may wait for one turn; more than that is a caller that does not wait for answers.
+QUEUE_LIMIT = 1_000
+RETRY_AFTER_S = 1
+
+
+class Executor:
+    """A fixed number of threads, each of which calls ``initializer`` first."""
+
+    def __init__(self, threads: int, initializer: Callable[[], object] | None = None) -> None:
+        if threads < 1:
+            raise ValueError(f"threads must be >= 1, got {threads}")
+        self._pool = ThreadPoolExecutor(threads, "optserve", initializer)
+
+    def turn(self, limit: int = QUEUE_LIMIT) -> Turn:
+        """Return a new turn over these threads."""
+        return Turn(self, limit)
+
+    def submit(self, fn: Callable[[], T]) -> Future[T]:
+        """Run ``fn`` in no particular order, as soon as a thread is free."""
+        try:
+            return self._pool.submit(fn)
+        except RuntimeError as exc:  # shut down, or the initializer failed
+            raise Unavailable(f"no more jobs are run: {exc}", retry_after=RETRY_AFTER_S) from exc
+
+    def close(self) -> None:
+        """Wait for running jobs; those that still wait for their turn fail with Unavailable."""
+        self._pool.shutdown(wait=True)
+
+
+class Turn:
+    """Runs jobs one at a time, in the order of :meth:`run`, on any thread of the executor.
+
+    No thread waits for a turn: a job is given to the executor when the one before has ended, behind
+    whatever the other turns have there, so that a busy session delays another by one job per
+    thread at most. A job must not wait for a later job of its own turn.
+    """
+
+    def __init__(self, executor: Executor, limit: int = QUEUE_LIMIT) -> None:
+        self._executor = executor
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        #: The executor has, or is about to get, this turn's next job.
+        self._scheduled = False
+        self._running = False
+
+    @property
+    def depth(self) -> int:
+        """Jobs that wait."""
+        return len(self._jobs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits; false when the last future's callbacks are called."""
+        return self._running or bool(self._jobs)
+
+    def run(self, fn: Callable[[], T]) -> Future[T]:
+        """Run ``fn`` after all jobs before it; its result or exception goes to the future.
+
+        A future that is cancelled before its job starts is skipped. Raises Unavailable when too
+        many jobs wait or the executor is closed.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if len(self._jobs) >= self._limit:
+                raise Unavailable(
+                    f"{len(self._jobs)} requests wait for this session, the limit is {self._limit}",
+                    retry_after=RETRY_AFTER_S,
+                )
+            self._jobs.append((future, fn))
+            if self._scheduled:
+                return future
+            self._scheduled = True
+            try:
+                self._executor.submit(self._run_one)
+            except Unavailable:
+                self._jobs.clear()
+                self._scheduled = False
+                raise
+        return future
+
+    def _run_one(self) -> None:
+        if job := self._take():
+            _finish(*job, before=self._stop_running)
+        with self._lock:
+            if not self._jobs:
+                self._scheduled = False
+                return
+            try:
+                self._executor.submit(self._run_one)
+                return
+            except Unavailable as exc:
+                error, stranded = exc, list(self._jobs)
+                self._jobs.clear()
+                self._scheduled = False
+        for future, _ in stranded:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        """Return the next job that nobody cancelled; from here on it cannot be."""
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    return None
+                self._running = True  # first, so that busy never flickers
+                job = self._jobs.popleft()
+            if job[0].set_running_or_notify_cancel():
+                return job
+            self._running = False
+
+    def _stop_running(self) -> None:
+        self._running = False
+
+
+def _finish(future: Future[Any], fn: Callable[[], Any], before: Callable[[], None]) -> None:
+    """Call ``fn``, then ``before``, then hand the outcome to ``future``."""
+    try:
+        result = fn()
+    except BaseException as exc:  # a worker thread has nobody else to tell
+        before()
+        future.set_exception(exc)
+        # exc -> its traceback -> this frame -> future -> exc would keep fn's tensors until a gc
+        pass  # del future, fn
+    else:
+        before()
+        future.set_result(result)
+
+
+def chain(first: Future[A], then: Callable[[A], Future[T]]) -> Future[T]:
+    """Return a future of what ``then`` makes of the result of ``first``; no thread waits."""
+    last: Future[T] = Future()
+
+    def follow(done: Future[A]) -> None:
+        try:
+            then(done.result()).add_done_callback(hand_over)
+        except BaseException as exc:  # a callback has nobody else to tell
+            last.set_exception(exc)
+
+    def hand_over(done: Future[T]) -> None:
+        if (exc := done.exception()) is not None:
+            last.set_exception(exc)
+        else:
+            last.set_result(done.result())
+
+    last.set_running_or_notify_cancel()
+    first.add_done_callback(follow)
+    return last

@@ -1,0 +1,231 @@
+"""The Store protocol: one journal per session, and what every backend promises about it.
+
+State is the fold of the journal: a snapshot and the events after it. A store knows no numbers; it
+keeps rows of JSON and payloads of bytes. ``tests/integration/test_store_contract.py`` runs the
+promises below against each backend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from optserve_client.errors import (
+    Internal,
+    Misdirected,
+    OptserveError,
+    SessionExists,
+    SessionNotFound,
+)
+
+#: Event rows that stay below the older snapshot; their payloads do not.
+KEPT_ROWS = 100_000
+KEPT_SNAPSHOTS = 2
+CHUNK_BYTES = 2**20
+
+BytesLike = bytes | bytearray | memoryview
+
+
+class Key(NamedTuple):
+    """Whose journal. Every key in a store starts with its tenant."""
+
+    tenant: str
+    session: str
+
+
+class Payload(Protocol):
+    """Sealed bytes that can be read again and again, by any thread.
+
+    Whoever holds a payload can read it to its end, also after the store let go of it.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def digest(self) -> bytes:
+        """XXH3-128 of the bytes."""
+
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """Yield the bytes in pieces of at most ``size``; a piece stays valid after the next one."""
+
+    def read(self) -> bytes:
+        """Return all bytes at once; meant for small payloads."""
+
+    def discard(self) -> None:
+        """Give the bytes up. For payloads that no event took; nobody may read them afterwards."""
+
+
+class PayloadWriter(Protocol):
+    """Bytes on their way into a payload; for one thread at a time. Ends with seal or discard."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def write(self, chunk: BytesLike) -> None:
+        """Append ``chunk``, which the caller may overwrite as soon as this returns.
+
+        A large payload goes to its file without a copy in between. Raises Unavailable where the
+        medium refuses; nothing of the payload can be used then.
+        """
+
+    def digest(self) -> bytes:
+        """Return XXH3-128 of all bytes written so far; also after seal."""
+
+    def seal(self) -> Payload:
+        """Return the payload; no more bytes can be written."""
+
+    def discard(self) -> None:
+        """Forget the bytes. Does nothing after seal or an earlier discard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One committed change of a session."""
+
+    key: Key
+    #: Place in the journal, gapless from 1.
+    lsn: int
+    #: ``create``, ``step``, ``contribution``, ``evaluate``, ``skip``, ``params``, ``hyper``,
+    #: ``scheduler``, ``group``, ``metrics``, ``import``. A store knows only ``create``.
+    kind: str
+    #: Version and number of optimizer updates after this event.
+    version: int
+    updates: int
+    #: When it happened, Unix seconds.
+    time: float
+    #: Which owner of the session writes; see :meth:`Store.claim`.
+    owner_epoch: int = 0
+    worker: str | None = None
+    epoch: int | None = None
+    seq: int | None = None
+    idempotency_key: str | None = None
+    #: Of the request that this event answers.
+    digest: bytes = b""
+    #: Everything else, in strict JSON: request fields, outcome, the reply's scalars.
+    record: dict[str, Any] = field(default_factory=dict)
+    #: Finite, or None.
+    loss: float | None = None
+    grad_norm: float | None = None
+    #: The tensors as they came over the wire; None also once a snapshot made them superfluous.
+    payload: Payload | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one event. A refused one left no trace; its payload is the caller's again."""
+
+    key: Key
+    lsn: int
+    #: SessionExists: ``create`` of a key that is there. SessionNotFound: an event of one that is
+    #: not. Misdirected: ``owner_epoch`` is not the current one. Internal: lsn is not last + 1, or
+    #: the event cannot be stored. None: committed.
+    error: OptserveError | None = None
+
+
+class Store(Protocol):
+    """Journals, payloads and snapshots of many sessions. Any thread may call any method."""
+
+    @property
+    def promise(self) -> str:
+        """The strongest durability that :meth:`append` can give: ``always``, ``os``, ``memory``."""
+
+    def writer(self, size_hint: int | None = None) -> PayloadWriter:
+        """Return a writer for a payload of about ``size_hint`` bytes."""
+
+    def append(self, events: Sequence[Event]) -> list[Outcome]:
+        """Commit each event on its own, in order; return one outcome per event, in the same order.
+
+        Returns only when every accepted event survives what its durability promises, and is seen by
+        every call that begins afterwards. An event is accepted if and only if
+
+        * its kind is ``create``, its key is new and its lsn is 1; its ``owner_epoch`` becomes the
+          session's current one; or
+        * its key exists, its ``owner_epoch`` is the current one and its lsn is last + 1;
+
+        and its record is strict JSON. One refused event takes no other down, of its session or of
+        another, except by the gap that it leaves. Of several racing appends of the same lsn
+        exactly one is accepted. Later changes to ``record`` by the caller do not reach the store.
+        """
+
+    def claim(self, key: Key) -> int:
+        """Return an ``owner_epoch`` above every one that this store has given or accepted.
+
+        If ``key`` exists, it is its current one from now on: an append with an older one is
+        refused. A session that was never claimed has the epoch of its ``create`` (0 by default).
+        """
+
+    def events(
+        self,
+        key: Key,
+        after_lsn: int = 0,
+        upto_lsn: int | None = None,
+        kinds: Collection[str] | None = None,
+    ) -> Iterator[Event]:
+        """Yield the committed events with ``after_lsn < lsn <= upto_lsn``, by lsn.
+
+        Those that were committed when this was called, and no later ones; nothing for a key that
+        does not exist. Rows below the retained ones are missing; the payload of an event at or
+        below the older of two snapshots is None.
+        """
+
+    def snapshot(self, key: Key, lsn: int, chunks: Iterable[BytesLike]) -> None:
+        """Keep ``chunks`` as the state after event ``lsn``; return when it can be read back.
+
+        The two snapshots with the highest lsn are kept; one of the same lsn is replaced. Once there
+        are two, the payloads of all events at or below the older one are dropped, and of those
+        events' rows all but the last 100,000 of the journal. Events above the older one stay whole.
+        Raises SessionNotFound for an unknown key and ValueError for an lsn that is not committed;
+        whatever it raises, nothing has changed.
+        """
+
+    def latest_snapshot(self, key: Key, upto_lsn: int | None = None) -> tuple[int, Payload] | None:
+        """Return ``(lsn, frame)`` of the newest kept snapshot with ``lsn <= upto_lsn``, or None."""
+
+    def delete(self, key: Key) -> bool:
+        """Forget the journal, payloads and snapshots of ``key``; return whether there were any.
+
+        The key can then be created again, from lsn 1.
+        """
+
+    def keys(self, tenant: str) -> list[Key]:
+        """Return the keys of a tenant, in the order of their creation."""
+
+    def close(self) -> None:
+        """Release everything. May be called twice; other calls raise Unavailable from then on."""
+
+
+def refusal(event: Event, last_lsn: int | None, owner_epoch: int) -> OptserveError | None:
+    """Return why ``event`` cannot follow a journal that ends at ``last_lsn`` (None: no journal)."""
+    name = event.key.session
+    if event.kind == "create" and last_lsn is not None:
+        return SessionExists(f"session {name!r} exists")
+    if event.kind != "create" and last_lsn is None:
+        return SessionNotFound(f"no session {name!r}")
+    if event.kind != "create" and event.owner_epoch != owner_epoch:
+        return Misdirected(
+            f"event of session {name!r} has owner_epoch {event.owner_epoch}, "
+            f"the current one is {owner_epoch}"
+        )
+    last = last_lsn or 0
+    if event.lsn != last + 1:
+        return Internal(
+            f"event of session {name!r} has lsn {event.lsn}, expected {last + 1} "
+            f"(last committed {last})"
+        )
+    return None
+
+
+def record_text(event: Event) -> str:
+    """Return ``event.record`` as the JSON text that a store keeps; Internal if it has none."""
+    where = f"event {event.lsn} of session {event.key.session!r}"
+    for name, value in (("loss", event.loss), ("grad_norm", event.grad_norm)):
+        if value is not None and not math.isfinite(value):
+            raise Internal(f"{where}: {name} must be finite or None, got {value!r}")
+    try:
+        return json.dumps(event.record, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise Internal(f"{where}: the record is not strict JSON: {exc}") from exc

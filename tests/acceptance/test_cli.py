@@ -1,0 +1,234 @@
+"""The program as people and process managers run it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+import optserve
+from tests.serving import ROOT, ServerProcess, environment
+
+CREATE = {"optimizer": {"name": "SGD", "lr": 0.5}, "params": {"w": [1.0]}}
+STEP = b'{"grads": {"w": [1.0]}}'
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "optserve", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env=environment(**env),
+        cwd=ROOT,
+    )
+
+
+def test_version_names_what_the_numbers_depend_on() -> None:
+    done = run("version")
+    assert done.returncode == 0
+    assert re.fullmatch(
+        rf"optserve {re.escape(optserve.__version__)} \(torch 2\.13\.\S+, Python 3\.\S+\)\n",
+        done.stdout,
+    )
+
+
+@pytest.mark.parametrize("flag", ["host", "port", "uds", "fd", "threads", "device", "log-level"])
+def test_help_lists_every_flag(flag: str) -> None:
+    assert f"--{flag} " in run("serve", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "sentence"),
+    [
+        ((), {"OPTSERVE_PORT": "tcp://10.0.0.7:8000"}, "a container platform injects"),
+        (("--threads", "0"), {}, "--threads: Input should be greater than or equal to 1, got 0"),
+        (("--uds", "/x", "--fd", "3"), {}, "two places to listen, expected one"),
+        (("--device", "tpu"), {}, "--device: String should match pattern"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_sentence_and_status_2(
+    flags: tuple[str, ...], env: dict[str, str], sentence: str
+) -> None:
+    done = run("serve", *flags, **env)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("optserve: ")
+    assert sentence in done.stderr
+
+
+def test_a_port_in_use_is_told_before_torch_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", str(port))
+    assert done.returncode == 1
+    assert done.stderr == f"optserve: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_the_ready_line_comes_when_the_server_is_ready(server: ServerProcess) -> None:
+    found = re.fullmatch(
+        r"optserve (\S+) ready at http://127\.0\.0\.1:\d+ "
+        r"\(torch 2\.13\.0, (cpu|cuda\S*), \d+ threads, store: memory\)",
+        server.line,
+    )
+    assert found is not None
+    assert found[1] == optserve.__version__
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_requests_are_not_logged_at_info_and_nothing_else_is_said() -> None:
+    with ServerProcess() as server:
+        assert httpx.get(f"{server.url}/v1/sessions").status_code == 200
+        assert httpx.get(f"{server.url}/v1/sessions/nobody").status_code == 404
+        assert server.stop() == 0
+        assert server.stderr() == ""
+
+
+def test_a_flag_beats_the_environment() -> None:
+    with ServerProcess("--threads", "2", env={"OPTSERVE_THREADS": "1"}) as server:
+        assert server.threads == 2
+    with ServerProcess(env={"OPTSERVE_THREADS": "1"}) as server:
+        assert server.threads == 1
+
+
+def test_a_body_limit_comes_from_the_environment() -> None:
+    with ServerProcess(env={"OPTSERVE_MAX_JSON_BYTES": "100"}) as server:
+        reply = httpx.post(f"{server.url}/v1/sessions", json={"notes": "x" * 200})
+        assert reply.status_code == 413
+        assert reply.json()["code"] == "too_large"
+
+
+def test_a_unix_socket_serves_and_is_gone_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "o.sock"
+    with ServerProcess("--uds", str(path)) as server:
+        assert server.url == f"unix:{path}"
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            assert client.get("http://optserve/readyz").status_code == 200
+        second = run("serve", "--uds", str(path))
+        assert second.returncode == 1
+        assert "Address already in use" in second.stderr
+        assert server.stop() == 0
+    assert not path.exists()
+
+
+def test_the_socket_file_of_a_killed_server_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "o.sock"
+    with ServerProcess("--uds", str(path)) as server:
+        server.stop(signal.SIGKILL)
+    assert path.exists()
+    with ServerProcess("--uds", str(path)) as server:
+        assert server.url == f"unix:{path}"
+
+
+def test_an_inherited_socket_is_served() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        descriptor = listening.fileno()
+        with ServerProcess("--fd", str(descriptor), pass_fds=(descriptor,)) as server:
+            assert server.url == f"http://127.0.0.1:{port}"
+            assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_an_address_that_others_can_reach_is_warned_about() -> None:
+    with ServerProcess("--host", "0.0.0.0") as server:
+        said = json.loads(server.stderr())
+    assert said["level"] == "warning"
+    assert "there is no authentication yet" in said["event"]
+
+
+def half_a_step(server: ServerProcess, session_id: str) -> http.client.HTTPConnection:
+    """Create a session and send the first half of a step; return once the server is reading it."""
+    assert httpx.put(f"{server.url}/v1/sessions/{session_id}", json=CREATE).status_code == 201
+    connection = http.client.HTTPConnection(*_address(server), timeout=30)
+    connection.putrequest("POST", f"/v1/sessions/{session_id}/step")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(len(STEP)))
+    connection.putheader("Expect", "100-continue")
+    connection.endheaders()
+    assert connection.sock.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    connection.send(STEP[:10])
+    return connection
+
+
+def _address(server: ServerProcess) -> tuple[str, int]:
+    url = httpx.URL(server.url)
+    assert url.port is not None
+    return url.host, url.port
+
+
+def test_sigterm_lets_an_open_request_finish_and_refuses_new_ones() -> None:
+    with ServerProcess() as server:
+        connection = half_a_step(server, "drained")
+        server.process.send_signal(signal.SIGTERM)
+        _wait_until_refused(server)
+        connection.send(STEP[10:])
+        reply = connection.getresponse()
+        body = json.loads(reply.read())
+        connection.close()
+        assert reply.status == 200
+        assert body["params"] == {"w": [0.5]}
+        assert server.process.wait(10) == 0
+
+
+def _wait_until_refused(server: ServerProcess) -> None:
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        try:
+            socket.create_connection(_address(server), timeout=1).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the server still accepts connections")
+
+
+def test_draining_ends_after_drain_s() -> None:
+    with ServerProcess(env={"OPTSERVE_DRAIN_S": "1"}) as server:
+        connection = half_a_step(server, "stuck")
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 5
+        connection.close()
+
+
+def test_a_second_sigterm_exits_at_once() -> None:
+    with ServerProcess(env={"OPTSERVE_DRAIN_S": "60"}) as server:
+        connection = half_a_step(server, "hurried")
+        server.process.send_signal(signal.SIGTERM)
+        _wait_until_refused(server)
+        started = time.monotonic()
+        assert server.stop() == 128 + signal.SIGTERM
+        assert time.monotonic() - started < 2
+        connection.close()
+
+
+def test_ctrl_c_is_an_orderly_exit() -> None:
+    with ServerProcess() as server:
+        assert server.stop(signal.SIGINT) == 0
+
+
+def test_a_client_that_connects_while_the_server_starts_is_answered() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port, descriptor = listening.getsockname()[1], listening.fileno()
+        answers: list[int] = []
+
+        def ask() -> None:
+            answers.append(httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        with ServerProcess("--fd", str(descriptor), pass_fds=(descriptor,)):
+            asking.join(60)
+    assert answers == [200]

@@ -1,0 +1,98 @@
+"""The examples in README and docs do what they say.
+
+A code block under the line ``<!-- run -->`` is run, in its file's order, against a real server; a block
+under ``<!-- prints -->`` is what the run before it must print, where ``…`` stands for anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.serving import ROOT, ServerProcess, environment
+
+BLOCK = re.compile(r"<!-- (run|prints) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+DOCUMENTS = ["README.md", "docs/quickstart.md", "docs/how-to.md"]
+#: The address that the documents use.
+DEFAULT = "http://127.0.0.1:8000"
+
+
+@dataclass(frozen=True)
+class Block:
+    kind: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks(path: Path) -> list[Block]:
+    source = path.read_text()
+    return [
+        Block(found[1], found[2], found[3], source.count("\n", 0, found.start(3)) + 1)
+        for found in BLOCK.finditer(source)
+    ]
+
+
+def run(block: Block, url: str, folder: Path) -> str:
+    """Run one block as a reader would and return what it printed."""
+    text = block.text.replace(DEFAULT, url)
+    if block.language == "python":
+        command = [sys.executable, "-W", "error", "-c", text]
+    else:
+        assert block.language == "bash"
+        command = ["bash", "-euo", "pipefail", "-c", text]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        env=environment(PATH=path),
+    )
+    assert done.returncode == 0, f"line {block.line}:\n{text}\n{done.stdout}\n{done.stderr}"
+    assert done.stderr == "", f"line {block.line}: {done.stderr}"
+    return done.stdout
+
+
+def pattern(expected: str) -> re.Pattern[str]:
+    """Return what matches ``expected``: … is anything, and space does not matter."""
+    words = ["".join(part.split()) for part in expected.split("…")]
+    return re.compile(".*".join(re.escape(word) for word in words), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_examples_run_and_print_what_the_text_shows(
+    name: str, server: ServerProcess, tmp_path: Path
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not on this machine")
+    printed = None
+    for block in blocks(ROOT / name):
+        if block.kind == "run":
+            printed = run(block, server.url, tmp_path)
+        else:
+            assert printed is not None, f"{name}:{block.line}: nothing was run before"
+            got = "".join(printed.replace(server.url, DEFAULT).split())
+            assert pattern(block.text).fullmatch(got), f"{name}:{block.line}: printed\n{printed}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_document_has_examples_to_run(name: str) -> None:
+    assert sum(block.kind == "run" for block in blocks(ROOT / name)) >= 2
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name
+)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []

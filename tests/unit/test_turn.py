@@ -1,0 +1,245 @@
+"""Turns: one job at a time per session, in order, over few threads."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
+
+import pytest
+
+from optserve.sessions.turn import Executor, Turn
+from optserve_client.errors import Unavailable
+
+
+@pytest.fixture
+def executor() -> Iterator[Executor]:
+    made = Executor(2)
+    yield made
+    made.close()
+
+
+class Gate:
+    """A job that blocks until it is opened."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.entered, self._open = threading.Event(), threading.Event()
+        self.future = turn.run(self._wait)
+        assert self.entered.wait(5)
+
+    def _wait(self) -> None:
+        self.entered.set()
+        assert self._open.wait(5)
+
+    def open(self) -> None:
+        self._open.set()
+        self.future.result(5)
+
+
+def test_a_result_comes_back_in_the_future(executor: Executor) -> None:
+    assert executor.turn().run(lambda: 41 + 1).result(5) == 42
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_goes_to_the_future_and_the_turn_goes_on(
+    executor: Executor, kind: type[BaseException]
+) -> None:
+    def fail() -> None:
+        raise kind("no")
+
+    turn = executor.turn()
+    failed, after = turn.run(fail), turn.run(lambda: "on")
+    with pytest.raises(kind, match="no"):
+        failed.result(5)
+    assert after.result(5) == "on"
+
+
+def test_jobs_of_one_turn_keep_their_order_and_never_overlap(executor: Executor) -> None:
+    order: list[int] = []
+    inside = threading.Semaphore(1)
+
+    def job(i: int) -> Callable[[], None]:
+        def run() -> None:
+            assert inside.acquire(blocking=False)
+            time.sleep(0 if i % 7 else 0.001)
+            order.append(i)
+            inside.release()
+
+        return run
+
+    turn = executor.turn()
+    for future in [turn.run(job(i)) for i in range(300)]:
+        future.result(5)
+    assert order == list(range(300))
+
+
+def test_jobs_of_many_threads_never_overlap(executor: Executor) -> None:
+    turn, count, futures = executor.turn(), [0], []
+
+    def bump() -> None:
+        seen = count[0]
+        time.sleep(0)
+        count[0] = seen + 1
+
+    def push() -> None:
+        futures.extend([turn.run(bump) for _ in range(100)])
+
+    threads = [threading.Thread(target=push) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wait(futures, 5).not_done
+    assert count == [800]
+
+
+def test_two_turns_run_at_the_same_time(executor: Executor) -> None:
+    meet = threading.Barrier(2)
+    futures = [executor.turn().run(lambda: meet.wait(5)) for _ in range(2)]
+    assert sorted(future.result(5) for future in futures) == [0, 1]
+
+
+def test_waiting_jobs_hold_no_thread(executor: Executor) -> None:
+    blocked = executor.turn()
+    gate = Gate(blocked)
+    waiting = [blocked.run(lambda: None) for _ in range(10)]
+    assert executor.turn().run(lambda: "free").result(5) == "free"
+    gate.open()
+    assert not wait(waiting, 5).not_done
+
+
+def test_a_busy_turn_lets_the_others_in_after_one_job() -> None:
+    executor, order = Executor(1), []
+    busy, other = executor.turn(), executor.turn()
+    gate = Gate(busy)
+    futures = [busy.run(lambda i=i: order.append(f"busy {i}")) for i in range(3)]  # type: ignore[misc]
+    futures += [other.run(lambda i=i: order.append(f"other {i}")) for i in range(3)]  # type: ignore[misc]
+    gate.open()
+    assert not wait(futures, 5).not_done
+    assert order == ["other 0", "busy 0", "other 1", "busy 1", "other 2", "busy 2"]
+    executor.close()
+
+
+def test_a_future_cancelled_before_its_start_is_skipped(executor: Executor) -> None:
+    turn, ran = executor.turn(), []
+    gate = Gate(turn)
+    futures = [turn.run(lambda i=i: ran.append(i)) for i in range(5)]  # type: ignore[misc]
+    assert futures[1].cancel()
+    assert futures[4].cancel()
+    gate.open()
+    futures[3].result(5)
+    assert turn.run(lambda: "after").result(5) == "after"
+    assert ran == [0, 2, 3]
+    with pytest.raises(CancelledError):
+        futures[1].result(0)
+
+
+def test_a_running_job_cannot_be_cancelled(executor: Executor) -> None:
+    gate = Gate(executor.turn())
+    assert not gate.future.cancel()
+    gate.open()
+
+
+def test_a_job_may_queue_another_one_of_its_own_turn(executor: Executor) -> None:
+    turn = executor.turn()
+    inner: Future[str] = turn.run(lambda: turn.run(lambda: "inner")).result(5)
+    assert inner.result(5) == "inner"
+
+
+def test_depth_and_busy_tell_what_is_going_on(executor: Executor) -> None:
+    turn = executor.turn()
+    assert (turn.busy, turn.depth) == (False, 0)
+    gate = Gate(turn)
+    last = [turn.run(lambda: None) for _ in range(3)][-1]
+    assert (turn.busy, turn.depth) == (True, 3)
+    seen: list[bool] = []
+    last.add_done_callback(lambda _: seen.append(turn.busy))
+    gate.open()
+    last.result(5)
+    assert turn.run(lambda: turn.busy).result(5) is True
+    assert (turn.busy, turn.depth) == (False, 0)
+    assert seen == [False]
+
+
+def test_too_many_waiting_jobs_are_refused_with_both_numbers(executor: Executor) -> None:
+    turn = executor.turn(limit=3)
+    gate = Gate(turn)
+    futures = [turn.run(lambda: None) for _ in range(3)]
+    with pytest.raises(Unavailable) as refused:
+        turn.run(lambda: None)
+    assert refused.value.detail == "3 requests wait for this session, the limit is 3"
+    assert refused.value.extra == {"retry_after": 1}
+    gate.open()
+    assert not wait(futures, 5).not_done
+    assert turn.run(lambda: "again").result(5) == "again"
+
+
+def test_each_thread_calls_the_initializer_once() -> None:
+    called: list[str] = []
+    executor = Executor(2, lambda: called.append(threading.current_thread().name))
+    meet = threading.Barrier(2)
+    for future in [executor.submit(lambda: meet.wait(5)) for _ in range(2)]:
+        future.result(5)
+    for _ in range(20):
+        executor.submit(lambda: None).result(5)
+    executor.close()
+    assert len(called) == len(set(called)) == 2
+
+
+def test_a_closed_executor_refuses_jobs() -> None:
+    executor = Executor(1)
+    turn = executor.turn()
+    executor.close()
+    for run in (turn.run, executor.submit):
+        with pytest.raises(Unavailable) as refused:
+            run(lambda: None)
+        assert refused.value.extra == {"retry_after": 1}
+    assert not turn.busy
+
+
+def test_closing_ends_the_running_job_and_fails_those_that_wait() -> None:
+    executor = Executor(1)
+    turn = executor.turn()
+    gate = Gate(turn)
+    waiting, cancelled = turn.run(lambda: "never"), turn.run(lambda: "never")
+    cancelled.cancel()
+    closing = threading.Thread(target=executor.close)
+    closing.start()
+    while not executor._pool._shutdown:
+        time.sleep(0.001)
+    gate.open()
+    closing.join(5)
+    with pytest.raises(Unavailable, match="no more jobs are run"):
+        waiting.result(5)
+    assert cancelled.cancelled()
+    assert not turn.busy
+
+
+def test_a_number_of_threads_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
+        Executor(0)
+
+
+def test_a_failed_job_keeps_nothing_alive(executor: Executor) -> None:
+    class Tensor:
+        pass
+
+    def fail(tensor: Tensor) -> None:
+        raise ValueError("no")
+
+    turn, tensor = executor.turn(), Tensor()
+    alive = weakref.ref(tensor)
+    gc.disable()
+    try:
+        future = turn.run(lambda kept=tensor: fail(kept))  # type: ignore[misc]
+        assert isinstance(future.exception(5), ValueError)
+        del future, tensor
+        deadline = time.monotonic() + 5
+        while alive() is not None and time.monotonic() < deadline:
+            turn.run(lambda: None).result(5)
+        assert alive() is None
+    finally:
+        gc.enable()
