@@ -1,4 +1,4 @@
-"""The client that is awaited: the same methods as ``client.py`` and ``session.py``, and their words."""
+"""The client that is awaited: the methods of ``client.py`` and ``session.py``, and their words."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ class AsyncClient:
         wire.check_id("session id", session_id)
         return AsyncSession(self, session_id)
 
-    def import_session(self, frame: wire.BytesLike, *, id: str | None = None) -> AsyncSession:  # noqa: A002
+    async def import_session(self, frame: wire.BytesLike, *, id: str | None = None) -> AsyncSession:  # noqa: A002
         session = AsyncSession(self, id or _calls.new_id())
-        session.info.update(session.import_state(frame))
+        session.info.update(await session.import_state(frame))
         return session
 
     async def list(
@@ -137,7 +137,7 @@ class AsyncClient:
         return await self._run(_calls.get("/version", _calls.scalars))
 
     async def close(self) -> None:
-        self._http.close()
+        await self._http.aclose()
 
     async def __aenter__(self) -> Self:
         return self

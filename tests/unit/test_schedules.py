@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from optserve.optim import schedule_catalogue, schedules
-from optserve_client.errors import Invalid
 from torch.optim import lr_scheduler as t
+
+from optserve.optim import schedule_binding, schedule_catalogue, schedules
+from optserve_client.errors import Invalid
 
 STEPS = 200
 LRS = (0.1, 0.03, 1.0)
@@ -23,6 +24,9 @@ Make = Callable[[torch.optim.Optimizer], Any]
 def warm_then_cosine(o: torch.optim.Optimizer) -> Any:
     return t.SequentialLR(o, [t.LinearLR(o, 0.1, 1.0, 20), t.CosineAnnealingLR(o, 80)], [20])
 
+
+#: Attributes of torch's schedulers that hold functions, made anew from the specification.
+FUNCTIONS = ("lr_lambdas", "_scale_fn_ref", "_scale_fn_custom")
 
 #: A name, the specification, and the same by hand.
 CASES: dict[str, tuple[Any, Make]] = {
@@ -86,7 +90,10 @@ CASES: dict[str, tuple[Any, Make]] = {
         lambda o: t.CosineAnnealingLR(o, 60, 0.001),
     ),
     "ChainedScheduler": (
-        [{"name": "ConstantLR", "factor": 0.1, "total_iters": 20}, {"name": "exponential_lr", "gamma": 0.9}],
+        [
+            {"name": "ConstantLR", "factor": 0.1, "total_iters": 20},
+            {"name": "exponential_lr", "gamma": 0.9},
+        ],
         lambda o: t.ChainedScheduler([t.ConstantLR(o, 0.1, 20), t.ExponentialLR(o, 0.9)]),
     ),
     "ReduceLROnPlateau": (
@@ -140,7 +147,13 @@ CASES: dict[str, tuple[Any, Make]] = {
         ),
     ),
     "CyclicLR scale_fn of the cycle": (
-        {"name": "CyclicLR", "base_lr": 0, "max_lr": 1, "step_size_up": 6, "scale_fn": "1 / x ** 0.5"},
+        {
+            "name": "CyclicLR",
+            "base_lr": 0,
+            "max_lr": 1,
+            "step_size_up": 6,
+            "scale_fn": "1 / x ** 0.5",
+        },
         lambda o: t.CyclicLR(o, 0.0, 1.0, 6, scale_fn=lambda x: 1 / x**0.5),
     ),
     "CyclicLR scale_fn of the iterations": (
@@ -257,7 +270,10 @@ CASES: dict[str, tuple[Any, Make]] = {
         {
             "name": "SequentialLR",
             "schedulers": [
-                [{"name": "MultiStepLR", "milestones": [3, 8]}, {"name": "ExponentialLR", "gamma": 0.9}],
+                [
+                    {"name": "MultiStepLR", "milestones": [3, 8]},
+                    {"name": "ExponentialLR", "gamma": 0.9},
+                ],
                 {"name": "LinearLR", "start_factor": 0.5, "total_iters": 20},
             ],
             "milestones": [12],
@@ -291,7 +307,10 @@ CASES: dict[str, tuple[Any, Make]] = {
     ),
     "chains in chains": (
         [
-            [[{"name": "MultiStepLR", "milestones": [50, 150]}], {"name": "StepLR", "step_size": 40}],
+            [
+                [{"name": "MultiStepLR", "milestones": [50, 150]}],
+                {"name": "StepLR", "step_size": 40},
+            ],
             [{"name": "MultiplicativeLR", "lr_lambda": ["0.99", "1.01", "1"]}],
         ],
         lambda o: t.ChainedScheduler(
@@ -305,7 +324,7 @@ CASES: dict[str, tuple[Any, Make]] = {
             ]
         ),
     ),
-}  # fmt: skip
+}
 
 OPTIMIZERS: dict[str, Callable[[], torch.optim.Optimizer]] = {
     "SGD": lambda: torch.optim.SGD(params(), lr=LRS[0], momentum=0.9),
@@ -382,8 +401,9 @@ def test_state_holds_all_that_moves(case: str) -> None:
     """What torch would save, and ours does not, is the same after 50 steps and for other lrs."""
 
     def constants(node: Any) -> Any:
-        kept = {k: v for k, v in node.made.__dict__.items() if k not in schedules_moving()}
-        return [repr_of(kept), *(constants(child) for child in node.children)]
+        elsewhere = {"optimizer", "_schedulers", *FUNCTIONS, *schedule_binding._MOVING}
+        kept = {k: repr(v) for k, v in node.made.__dict__.items() if k not in elsewhere}
+        return [kept, *(constants(child) for child in node.children)]
 
     spec = schedules.check(CASES[case][0])
     optimizer, other = OPTIMIZERS["SGD"](), OPTIMIZERS["SGD"]()
@@ -393,17 +413,6 @@ def test_state_holds_all_that_moves(case: str) -> None:
     for step in range(50):
         ours.step(metric(step) if ours.needs_metrics else None)
     assert constants(ours._root) == constants(built._root)
-
-
-def schedules_moving() -> set[str]:
-    from optserve.optim import schedule_binding
-
-    return set(schedule_binding._MOVING)
-
-
-def repr_of(attributes: dict[str, Any]) -> dict[str, str]:
-    skip = ("optimizer", "_schedulers", "lr_lambdas", "_scale_fn_ref", "_scale_fn_custom")
-    return {k: repr(v) for k, v in attributes.items() if k not in skip}
 
 
 def test_last_epoch_of_a_chain_is_that_of_its_first_part() -> None:

@@ -15,7 +15,8 @@ import torch
 from optserve.optim import catalogue
 from optserve.optim.arena import from_wire, to_wire
 from optserve.optim.averages import arena_of
-from optserve.optim.engine import FLAGS, Engine
+from optserve.optim.engine import Engine
+from optserve.optim.hyper import FLAGS
 from optserve.optim.layout import Layout
 from optserve.optim.recipe import Recipe
 from optserve.optim.tree import flatten, unflatten

@@ -9,55 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from optserve.optim import catalogue, schedules
-from optserve.optim.arena import Arena, GradientBuffer, GradientPool, from_wire
+from optserve.optim.arena import Arena, GradientPool
 from optserve.optim.averages import Best, Ema, Window
+from optserve.optim.gradients import Gradients, Inspected, first_nonfinite, to_coo, total_norm
+from optserve.optim.hyper import changed_hyper, from_json, shown
 from optserve.optim.layout import Layout
 from optserve.optim.lbfgs import LineSearch
 from optserve.optim.recipe import Recipe
 from optserve.optim.refusals import torchs_refusals
 from optserve_client import wire
-from optserve_client.errors import Invalid, Nonfinite, SchedulerFailed
-
-#: Flags of the implementation, not hyperparameters: never shown, never patched.
-FLAGS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
-
-
-class Coo(Protocol):
-    """A sparse gradient: int64 indices [sparse_dim, nnz], values, and the dense shape."""
-
-    @property
-    def indices(self) -> np.ndarray: ...
-    @property
-    def values(self) -> wire.Tensor: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-class Gradients(Protocol):
-    """What a request brings: the filled buffer, names whose grad is None, and sparse ones."""
-
-    @property
-    def buffer(self) -> GradientBuffer: ...
-    @property
-    def none(self) -> frozenset[str]: ...
-    @property
-    def sparse(self) -> Mapping[str, Any]: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Inspected:
-    """One unscaled gradient by name (absent: grad is None), its norm, and its first fault."""
-
-    grads: Mapping[str, torch.Tensor]
-    norm: float
-    nonfinite: str | None
+from optserve_client.errors import Invalid, Nonfinite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,10 +94,7 @@ class Engine:
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the effective hyperparameters of each group."""
-        return [
-            {k: _shown(v) for k, v in group.items() if k not in FLAGS}
-            for group in self.optimizer.param_groups
-        ]
+        return [shown(group) for group in self.optimizer.param_groups]
 
     def learning_rates(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups]
@@ -284,8 +249,6 @@ class Engine:
             return moved
         before = self.groups()
         self.scheduler.step(metric if self.scheduler.needs_metrics else None)
-        if not all(math.isfinite(lr) for lr in self.learning_rates()):
-            raise SchedulerFailed(f"the scheduler made the lr {self.learning_rates()}")
         return {"state": self.scheduler.state(), "groups": changed_hyper(before, self.groups())}
 
     def eval_bytes(self) -> np.ndarray:
@@ -344,55 +307,3 @@ class Engine:
             return Outcome(applied=False, grad_norm=norm, groups=used)
         moved = self._after_update(metric, recorded)
         return Outcome(applied=True, grad_norm=norm, groups=used, moved=moved)
-
-
-def _shown(value: Any) -> Any:
-    """Return a hyperparameter as JSON has it: tuples are lists, one-element tensors numbers."""
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    return value
-
-
-def to_coo(coo: Coo) -> torch.Tensor:
-    """Return a coalesced torch COO tensor: duplicates are summed."""
-    made: torch.Tensor = torch.sparse_coo_tensor(
-        from_wire(coo.indices), from_wire(coo.values), list(coo.shape), check_invariants=False
-    ).coalesce()
-    return made
-
-
-def _dense(grad: torch.Tensor) -> torch.Tensor:
-    return grad._values() if grad.is_sparse else grad
-
-
-def total_norm(grads: Mapping[str, torch.Tensor]) -> float:
-    """Return the 2-norm over all gradients, in their order."""
-    return float(get_total_norm([_dense(grad) for grad in grads.values()]))
-
-
-def first_nonfinite(grads: Mapping[str, torch.Tensor]) -> str | None:
-    """Return a sentence that names the first NaN or Infinity, or None."""
-    for name, grad in grads.items():
-        bad = torch.nonzero(~torch.isfinite(_dense(grad)))
-        if len(bad):
-            index = bad[0].tolist()
-            value = float(_dense(grad)[tuple(index)])
-            return f"grads[{name!r}]{index or ''} is {value}, must be finite"
-    return None
-
-
-def changed_hyper(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return, per group, the hyperparameters that differ."""
-    return [
-        {k: v for k, v in new.items() if k not in old or old[k] != v}
-        for old, new in zip(before, after, strict=True)
-    ]
-
-
-def from_json(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyperparameters as torch has them: what JSON writes as a list is a tuple."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in hyper.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from optserve.optim import rehearsal, schedules
-from optserve.optim.engine import from_json
+from optserve.optim.hyper import from_json
 from optserve.sessions import frames
 from optserve.sessions.config import Adjustable
 from optserve.sessions.finite import check_finite

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optserve.optim import checkpoint
-from optserve.optim.engine import Engine, from_json
+from optserve.optim.engine import Engine
+from optserve.optim.hyper import from_json
 from optserve.sessions import config as configs
 from optserve.sessions import frames, operations, stepping
 from optserve.sessions.intake import Step, StepIntake

@@ -27,7 +27,6 @@ from optserve.sessions.turn import Turn
 from optserve.sessions.weights import publish, subtract
 from optserve.store import Event, Key, Store
 from optserve_client import wire
-from optserve_client import wire
 from optserve_client.errors import OptserveError, PreconditionFailed, SessionNotFound
 
 T = TypeVar("T")

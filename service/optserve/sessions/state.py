@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optserve.optim import checkpoint, rehearsal
-from optserve.optim.engine import Engine, Inspected, Outcome
+from optserve.optim.engine import Engine, Outcome
+from optserve.optim.gradients import Inspected
 from optserve.optim.layout import Layout
 from optserve.sessions import config as configs
 from optserve.sessions import frames

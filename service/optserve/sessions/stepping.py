@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from optserve.optim.engine import Inspected, Outcome
+from optserve.optim.engine import Outcome
+from optserve.optim.gradients import Inspected
 from optserve.sessions.finite import check_finite
 from optserve.sessions.intake import Step
 from optserve.sessions.state import SessionState, monitored

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from optserve_client.errors import Unavailable
 
 A = TypeVar("A")
+A = TypeVar("A")
 T = TypeVar("T")
 
 #: Jobs that may wait for one turn; more than that is a caller that does not wait for answers.
@@ -99,8 +100,7 @@ class Turn:
         return future
 
     def _run_one(self) -> None:
-        if job := self._take():
-            _finish(*job, before=self._stop_running)
+        self._run_next()
         with self._lock:
             if not self._jobs:
                 self._scheduled = False
@@ -116,34 +116,27 @@ class Turn:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
-    def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
-        """Return the next job that nobody cancelled; from here on it cannot be."""
+    def _run_next(self) -> None:
+        """Run the next job that nobody cancelled, if there is one."""
         while True:
             with self._lock:
                 if not self._jobs:
-                    return None
+                    return
                 self._running = True  # first, so that busy never flickers
-                job = self._jobs.popleft()
-            if job[0].set_running_or_notify_cancel():
-                return job
+                future, fn = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                break
             self._running = False
-
-    def _stop_running(self) -> None:
-        self._running = False
-
-
-def _finish(future: Future[Any], fn: Callable[[], Any], before: Callable[[], None]) -> None:
-    """Call ``fn``, then ``before``, then hand the outcome to ``future``."""
-    try:
-        result = fn()
-    except BaseException as exc:  # a worker thread has nobody else to tell
-        before()
-        future.set_exception(exc)
-        # exc -> its traceback -> this frame -> future -> exc would keep fn's tensors until a gc
-        pass  # del future, fn
-    else:
-        before()
-        future.set_result(result)
+        try:
+            result = fn()
+        except BaseException as exc:  # a worker thread has nobody else to tell
+            self._running = False
+            future.set_exception(exc)
+            # exc -> its traceback -> this frame -> future -> exc would keep fn's tensors until a gc
+            # del future, fn
+        else:
+            self._running = False
+            future.set_result(result)
 
 
 def chain(first: Future[A], then: Callable[[A], Future[T]]) -> Future[T]:
