@@ -3,9 +3,9 @@
     scripts/demo                                     starts a server and runs this file
     python examples/demo_digits.py http://HOST:PORT  against a server that runs already
 
-The gradients are computed here, in numpy, without torch in the process. AdamW and the learning-rate
-schedule live on the server. Afterwards the same training runs on local torch, from the same start and
-over the same batches, and the two sets of parameters are compared bit for bit.
+The gradients are computed here, in numpy, without torch in the process. AdamW and the schedule of
+the learning rate live on the server. Afterwards the same training runs on local torch, from the
+same start and over the same batches, and the two sets of parameters are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Digits:
     def load(cls) -> Digits:
         images, labels = load_digits(return_X_y=True)
         images = (images / 16).astype(np.float32)
-        return cls(*train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels))
+        return cls(
+            *train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+        )
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batches of all epochs, shuffled anew, and the same ones every time."""
@@ -127,7 +129,7 @@ def train_served(client: Client, digits: Digits, report: Report) -> tuple[Params
         result = session.step(grads, loss=loss)
         params = result.params
         report(number, loss, result.groups[0]["lr"])
-    return params, session.id, session.torch
+    return params, session.id, session.info["torch"]
 
 
 def train_locally(digits: Digits, torch_line: str, threads: int) -> Params:
@@ -151,19 +153,23 @@ def train_locally(digits: Digits, torch_line: str, threads: int) -> Params:
 
 def show_curl(console: Console, url: str) -> None:
     """Print, and run, the three lines that do the same without any Python."""
-    json_header = "-H 'Content-Type: application/json'"
+    header = "-H 'Content-Type: application/json'"
     create = json.dumps({"optimizer": {"name": "AdamW", "lr": 0.1}, "params": {"w": [1.0, -2.0]}})
+    step = json.dumps({"grads": {"w": [0.5, -1.0]}})
+    session = f"{url}/v1/sessions/by-hand"
     lines = [
-        f"curl -sX PUT {url}/v1/sessions/by-hand {json_header} -d '{create}'",
-        f"curl -s {url}/v1/sessions/by-hand/step {json_header} -d '{{\"grads\": {{\"w\": [0.5, -1.0]}}}}'",
-        f"curl -s {url}/v1/sessions/by-hand/params",
+        f"curl -s -X PUT {session} {header} -d '{create}'",
+        f"curl -s {session}/step {header} -d '{step}'",
+        f"curl -s {session}/params",
     ]
     console.print("\nThe same with curl:")
     for line in lines:
         console.print(f"  $ {line}", highlight=False, soft_wrap=True)
         if shutil.which("curl"):
             done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
-            console.print(f"    {done.stdout.strip()}", highlight=False, soft_wrap=True, markup=False)
+            console.print(
+                f"    {done.stdout.strip()}", highlight=False, soft_wrap=True, markup=False
+            )
 
 
 def main(url: str) -> int:

@@ -4,10 +4,10 @@
         session = client.create("AdamW", {"w": w}, lr=1e-3)
         w = session.step({"w": grad}).params["w"]
 
-``client.py`` has :class:`Client`, ``session.py`` :class:`Session`, ``aio.py`` their twins for asyncio,
-and ``torch.py`` a ``torch.optim.Optimizer``. Below them ``_calls.py`` knows the API, ``_protocol.py``
-decides what is sent and sent again, ``_transport.py`` moves the bytes, and ``wire.py`` turns named
-arrays into bytes and back.
+``client.py`` has :class:`Client`, ``session.py`` :class:`Session`, ``aio.py`` their twins for
+asyncio, and ``torch.py`` a ``torch.optim.Optimizer``. Below them ``_calls.py`` knows the API,
+``_protocol.py`` decides what is sent and sent again, ``_transport.py`` moves the bytes, and
+``wire.py`` turns named arrays into bytes and back.
 """
 
 from optserve_client import errors, wire

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from optserve_client import errors, wire
-from optserve_client._messages import Answer, Draft
+from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
 from optserve_client._values import Json, Page, Params, Sparse, StepResult
 
@@ -127,9 +127,15 @@ def named(kind: str, name: str) -> Call[Json]:
 
 
 def preview_scheduler(
-    scheduler: Any, groups: Sequence[Mapping[str, Any]], steps: int, metrics: Sequence[float] | None
+    scheduler: Any,
+    optimizer: Any,
+    groups: Sequence[Mapping[str, Any]] | None,
+    steps: int,
+    metrics: Sequence[float] | None,
 ) -> Call[Json]:
-    fields = given(scheduler=scheduler, groups=list(groups), steps=steps, metrics=metrics)
+    fields = given(
+        scheduler=scheduler, optimizer=optimizer, groups=groups, steps=steps, metrics=metrics
+    )
     return Call(
         draft=Draft(method="POST", path="/v1/schedulers/preview", fields=fields), read=scalars
     )
@@ -235,7 +241,8 @@ def add_group(session_id: str, params: Mapping[str, Any], hyper: Json) -> Call[J
 
 
 def put_scheduler(session_id: str, scheduler: Any) -> Call[Json]:
-    return edit(session_id, "PUT", "scheduler", {"scheduler": scheduler})
+    draft = Draft(method="PUT", path=session_path(session_id, "scheduler"), text=to_json(scheduler))
+    return Call(draft=draft, read=scalars, changes=session_id)
 
 
 def delete(session_id: str, abandon: bool) -> Call[None]:
@@ -262,6 +269,22 @@ def import_state(session_id: str, frame: wire.BytesLike, abandon: bool) -> Call[
     return Call(draft=draft, read=scalars, changes=session_id)
 
 
+def import_session(session_id: str | None, frame: wire.BytesLike) -> Call[Json]:
+    # The file remembers its workers: a seq of ours could be taken for an old one. A key cannot.
+    draft = Draft(
+        method="PUT",
+        path=session_path(session_id or new_id(), "state"),
+        frame=memoryview(frame).cast("B"),
+        headers={"Idempotency-Key": new_id()},
+    )
+    return Call(draft=draft, read=scalars)
+
+
+def scheduler_preview(session_id: str, steps: int, metrics: Sequence[float] | None) -> Call[Json]:
+    query = [("steps", steps), *(("metrics", value) for value in metrics or ())]
+    return get(session_path(session_id, "scheduler", "preview"), scalars, query)
+
+
 def fork(session_id: str, fields: Json) -> Call[Json]:
     draft = Draft(
         method="POST",
@@ -273,10 +296,10 @@ def fork(session_id: str, fields: Json) -> Call[Json]:
 
 
 def history(session_id: str, after_version: int, limit: int) -> Call[list[Json]]:
-    query = [("after_version", after_version), ("limit", limit)]
+    query = [("after", after_version), ("limit", limit)]
 
     def read(answer: Answer) -> list[Json]:
-        rows: list[Json] = answer.scalars["history"]
+        rows: list[Json] = answer.scalars["rows"]
         return rows
 
     return get(session_path(session_id, "history"), read, query)

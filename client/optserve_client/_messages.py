@@ -78,8 +78,9 @@ class Draft:
     fields: Mapping[str, Any] | None = None
     #: Tensors by their names in the frame (``grad/w``); with them the body is a frame, else JSON.
     tensors: Mapping[str, wire.Tensor] | None = None
-    #: A whole frame as it is.
+    #: A whole frame, or JSON text, as it is.
     frame: memoryview | None = None
+    text: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     accept: str = JSON
     #: Whether the request takes the field ``generation``.
@@ -96,6 +97,8 @@ class Draft:
         kind = None
         if self.frame is not None:
             pieces, kind = (self.frame,), wire.SAFETENSORS
+        elif self.text is not None:
+            pieces, kind = (self.text.encode(),), JSON
         elif self.tensors is not None:
             metadata = {wire.META_KEY: to_json(fields or {})}
             pieces, kind = tuple(wire.encode(self.tensors, metadata)), wire.SAFETENSORS

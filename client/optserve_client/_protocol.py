@@ -209,12 +209,14 @@ class Lanes(Generic[L]):
         # setdefault is atomic, so two threads get the same lane.
         return self._lanes.setdefault(session_id, (Lane(self.worker, self._epoch), self._lock()))
 
-    def opened(self, reply: Mapping[str, Any]) -> str:
+    def opened(self, reply: Mapping[str, Any], *, imported: bool = False) -> str:
         """Note what the server said when it created or opened a session; return the id."""
         session_id: str = reply["id"]
-        if reply.get("created"):  # whatever had this id before is gone
+        if reply.get("created") or imported:  # whatever had this id before is gone
             self.forget(session_id)
         lane, _ = self.get(session_id)
+        if imported:  # its file may know this worker, and other numbers of it
+            lane.worker = f"{self.worker[:110]}.{secrets.token_hex(8)}"
         lane.generation = reply.get("generation", lane.generation)
         return session_id
 

@@ -93,10 +93,14 @@ class AsyncClient:
         wire.check_id("session id", session_id)
         return AsyncSession(self, session_id)
 
-    async def import_session(self, frame: wire.BytesLike, *, id: str | None = None) -> AsyncSession:  # noqa: A002
-        session = AsyncSession(self, id or _calls.new_id())
-        session.info.update(await session.import_state(frame))
-        return session
+    async def import_session(
+        self,
+        frame: wire.BytesLike,
+        *,
+        id: str | None = None,  # noqa: A002 - the field's name
+    ) -> AsyncSession:
+        reply = await self._run(_calls.import_session(id, frame))
+        return AsyncSession(self, self._lanes.opened(reply, imported=True), reply)
 
     async def list(
         self,
@@ -123,12 +127,14 @@ class AsyncClient:
     async def preview_scheduler(
         self,
         scheduler: Mapping[str, Any] | Sequence[Any],
+        optimizer: str | Mapping[str, Any],
         *,
-        steps: int,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        steps: int = 100,
         metrics: Sequence[float] | None = None,
     ) -> Json:
-        return await self._run(_calls.preview_scheduler(scheduler, groups, steps, metrics))
+        call = _calls.preview_scheduler(scheduler, optimizer, groups, steps, metrics)
+        return await self._run(call)
 
     async def healthz(self) -> Json:
         return await self._run(_calls.get("/healthz", _calls.scalars))
@@ -207,7 +213,7 @@ class AsyncSession:
 
     @property
     def created(self) -> bool:
-        return bool(self.info.get("created", False))
+        return bool(self.info.get("created") or self.info.get("duplicate"))
 
     async def step(
         self,
@@ -292,9 +298,10 @@ class AsyncSession:
         fields = _calls.given(metrics=metrics)
         return await self._client._run(_calls.edit(self.id, "POST", "scheduler/step", fields))
 
-    async def scheduler_preview(self, steps: int) -> Json:
-        path = _calls.session_path(self.id, "scheduler", "preview")
-        return await self._client._run(_calls.get(path, _calls.scalars, [("steps", steps)]))
+    async def scheduler_preview(
+        self, steps: int = 100, *, metrics: Sequence[float] | None = None
+    ) -> Json:
+        return await self._client._run(_calls.scheduler_preview(self.id, steps, metrics))
 
     async def fork(
         self,

@@ -129,11 +129,18 @@ class Client:
         wire.check_id("session id", session_id)
         return Session(self, session_id)
 
-    def import_session(self, frame: wire.BytesLike, *, id: str | None = None) -> Session:  # noqa: A002
-        """Create a session from what :meth:`Session.export_state` returned."""
-        session = Session(self, id or _calls.new_id())
-        session.info.update(session.import_state(frame))
-        return session
+    def import_session(
+        self,
+        frame: wire.BytesLike,
+        *,
+        id: str | None = None,  # noqa: A002 - the field's name
+    ) -> Session:
+        """Create a session from what :meth:`Session.export_state` returned.
+
+        With the ``id`` of an existing one, replace that.
+        """
+        reply = self._run(_calls.import_session(id, frame))
+        return Session(self, self._lanes.opened(reply, imported=True), reply)
 
     def list(
         self,
@@ -168,13 +175,18 @@ class Client:
     def preview_scheduler(
         self,
         scheduler: Mapping[str, Any] | Sequence[Any],
+        optimizer: str | Mapping[str, Any],
         *,
-        steps: int,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        steps: int = 100,
         metrics: Sequence[float] | None = None,
     ) -> Json:
-        """Return what ``scheduler`` would do to ``groups`` in ``steps`` steps; needs no session."""
-        return self._run(_calls.preview_scheduler(scheduler, groups, steps, metrics))
+        """Return the learning rates that ``scheduler`` would give ``optimizer``; needs no session.
+
+        ``groups``: differences of each group. ``metrics``: for ReduceLROnPlateau, one per step.
+        """
+        call = _calls.preview_scheduler(scheduler, optimizer, groups, steps, metrics)
+        return self._run(call)
 
     def healthz(self) -> Json:
         """Return what the server says of its health."""

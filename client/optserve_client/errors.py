@@ -1,7 +1,8 @@
 """The one error tree, shared by server and client.
 
-The docstring of a class is its default sentence, ``code`` is what crosses the wire and never changes,
-``status`` is HTTP's. The server raises them; the client raises the same ones when it reads them back.
+The docstring of a class is its default sentence, ``code`` is what crosses the wire and never
+changes, ``status`` is HTTP's. The server raises them; the client raises the same ones when it reads
+them back.
 
     OptserveError
     ├── RequestError                    the request was refused; nothing was recorded

@@ -25,7 +25,7 @@ class Session:
     @property
     def created(self) -> bool:
         """Whether this call of ``create`` made the session."""
-        return bool(self.info.get("created", False))
+        return bool(self.info.get("created") or self.info.get("duplicate"))
 
     def step(
         self,
@@ -136,10 +136,11 @@ class Session:
         fields = _calls.given(metrics=metrics)
         return self._client._run(_calls.edit(self.id, "POST", "scheduler/step", fields))
 
-    def scheduler_preview(self, steps: int) -> Json:
+    def scheduler_preview(
+        self, steps: int = 100, *, metrics: Sequence[float] | None = None
+    ) -> Json:
         """Return what the scheduler would do in ``steps`` steps; changes nothing."""
-        path = _calls.session_path(self.id, "scheduler", "preview")
-        return self._client._run(_calls.get(path, _calls.scalars, [("steps", steps)]))
+        return self._client._run(_calls.scheduler_preview(self.id, steps, metrics))
 
     def fork(
         self,

@@ -1,7 +1,8 @@
 """The examples in README and docs do what they say.
 
-A code block under the line ``<!-- run -->`` is run, in its file's order, against a real server; a block
-under ``<!-- prints -->`` is what the run before it must print, where ``…`` stands for anything.
+A code block under the line ``<!-- run -->`` is run, in its file's order, against a real server; a
+block under ``<!-- prints -->`` is what the run before it must print, where ``…`` stands for
+anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/reference.md names every route, parameter, field, setting, flag, error code and media type."""
+"""docs/reference.md names every route, field, setting, flag, error code and media type."""
 
 from __future__ import annotations
 

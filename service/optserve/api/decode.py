@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from optserve.api.bodies import Body, Kind, body_kind, settings_of
 from optserve.api.json_text import loads, loads_object
 from optserve.api.replies import off_loop
 from optserve.optim.layout import Layout
+from optserve.sessions.fields import MAX_INT, shown, unknown
 from optserve.sessions.ledger import KEY_LENGTH, Identity, check_identity
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed
@@ -23,6 +25,7 @@ from optserve_client.wire import META_KEY, Tensor
 #: Query parameters that say who sent a request, not what it asks for.
 _CLAIMS = ("worker", "epoch", "seq")
 _PARAM = "param/"
+_VISIBLE = re.compile(r"[\x21-\x7e]+")
 
 
 # --- who sent it ---------------------------------------------------------------------------------
@@ -42,7 +45,7 @@ def read_claim(
         Header(
             min_length=1,
             max_length=KEY_LENGTH,
-            pattern=r"^[\x21-\x7e]+$",
+            pattern=f"^{_VISIBLE.pattern}$",
             description="Instead of worker and seq: a repeat with this key is not applied twice.",
         ),
     ] = None,
@@ -64,11 +67,24 @@ def identify(claim: Identity, fields: dict[str, Any], digest: bytes) -> Identity
             raise Invalid(f"{name} is in the body and in the query; send it once", field=name)
         if value is not None and type(value) is not kind:
             what = "a string" if kind is str else "an integer"
-            raise Invalid(f"{name} must be {what}, got {value!r:.80}", field=name)
+            raise Invalid(f"{name} must be {what}, got {shown(value)}", field=name)
         found[name] = claimed if value is None else value
+        if type(found[name]) is int and found[name] > MAX_INT:
+            raise Invalid(f"{name} must be <= {MAX_INT}, got {found[name]}", field=name)
     identity = Identity(**found, key=claim.key, digest=digest)
     check_identity(identity)
     return identity
+
+
+def header_key(request: Request) -> str | None:
+    """Return the Idempotency-Key header, checked; for routes without FastAPI's machinery."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (1 <= len(key) <= KEY_LENGTH and _VISIBLE.fullmatch(key)):
+        raise Invalid(
+            f"Idempotency-Key must be 1 to {KEY_LENGTH} visible ASCII characters, got {key!r:.80}",
+            field="Idempotency-Key",
+        )
+    return key
 
 
 def digest_of(request: Request, what: str, body: bytes | bytearray) -> bytes:
@@ -98,7 +114,20 @@ class Incoming:
 
     @property
     def fields(self) -> dict[str, Any]:
+        """What is left of the object in the body; empty if there is none."""
         return self.value if isinstance(self.value, dict) else {}
+
+    def take_flag(self, name: str) -> bool:
+        """Take a boolean out of the fields; False if it is not there."""
+        value = self.fields.pop(name, False)
+        if not isinstance(value, bool):
+            raise Invalid(f"{name} must be true or false, got {shown(value)}", field=name)
+        return value
+
+    def check_empty(self) -> None:
+        """Refuse fields that nobody took."""
+        for name in self.fields:
+            raise Invalid(unknown(name, ("params", "abandon")), field=name)
 
     async def take_params(
         self, dtype: str | None = None, layout: Layout | None = None
@@ -121,12 +150,12 @@ def tensors_from_json(
     """Return the tensors of a JSON object by name; ``layout``, where it has the name, says the shape."""
     if not isinstance(given, dict):
         raise Invalid(
-            f"{field} must be an object of tensors by name, got {given!r:.80}", field=field
+            f"{field} must be an object of tensors by name, got {shown(given)}", field=field
         )
     slots = layout.by_name if layout else {}
     return {
         name: wire.tensor_from_json(
-            value, f"{field}[{name!r:.80}]", dtype, slots[name].shape if name in slots else None
+            value, f"{field}[{shown(name)}]", dtype, slots[name].shape if name in slots else None
         )
         for name, value in given.items()
     }
@@ -136,7 +165,7 @@ def params_of_frame(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the params of a binary body, which has no other tensors."""
     for name in tensors:
         if not name.startswith(_PARAM):
-            raise Invalid(f"tensor {name!r:.80} is none of this request's; expected 'param/<name>'")
+            raise Invalid(f"tensor {shown(name)} is none of this request's; expected 'param/<name>'")
     return {name.removeprefix(_PARAM): tensor for name, tensor in tensors.items()}
 
 

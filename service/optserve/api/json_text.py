@@ -57,8 +57,8 @@ def _has_keys(text: bytes | bytearray, keys: int) -> bool:
 def _count_keys(root: Any, what: str) -> int:
     """Return the number of keys in ``root``, level by level; refuse what is nested too deeply.
 
-    Lists that begin with a number are taken for tensor rows and not searched. If one hides an object
-    after all, the count is too low and the slow reading decides.
+    Lists that begin with a number are taken for tensor rows and not searched. If one hides an
+    object after all, the count is too low and the slow reading decides.
     """
     keys, depth, level = 0, 0, [root]
     while level:

@@ -177,30 +177,54 @@ def tensor_frame(
 # --- the reply of a session ----------------------------------------------------------------------
 
 
-async def encode_reply(media: str, reply: Reply) -> Response:
-    """Answer what a session said, with the params it brought, as ``media``."""
-    status = 201 if reply.scalars.get("created") else 200
-    headers = {}
-    if status == 201:
-        headers["location"] = f"/v1/sessions/{reply.scalars['id']}"
-    nbytes = reply.params.layout.nbytes if reply.params else 0
+async def encode_reply(media: str, reply: Reply, *, created: bool = False) -> Response:
+    """Answer what a session said, with the params it brought, as ``media``.
+
+    ``created``: the request created the session, although the reply is about something else.
+    """
+    fields = {**reply.scalars, "created": True} if created else reply.scalars
+    status, headers = 200, {}
+    if fields.get("created"):
+        status, headers = 201, {"location": f"/v1/sessions/{fields['id']}"}
     dtype = wire.dtype_tag(reply.dtype) if reply.dtype else None
+    encoding: Encoding = "base64" if reply.encoding == "base64" else "list"
+    return await _encode(media, fields, reply.params, encoding, dtype, status, headers)
+
+
+async def encode_params(
+    media: str, session_id: str, params: Published, encoding: Encoding, dtype: str, etag: str
+) -> Response:
+    """Answer a pull; ``dtype`` is a wire tag."""
+    fields = {
+        "id": session_id,
+        "generation": params.generation,
+        "version": params.version,
+        "weights": params.weights,
+    }
+    return await _encode(media, fields, params, encoding, dtype, 200, {"etag": etag})
+
+
+async def _encode(
+    media: str,
+    fields: Mapping[str, Any],
+    params: Published | None,
+    encoding: Encoding,
+    dtype: str | None,
+    status: int,
+    headers: Mapping[str, str],
+) -> Response:
+    nbytes = params.layout.nbytes if params else 0
     if media == SAFETENSORS:
-        frame = await off_loop(nbytes, tensor_frame, reply.params, dtype, _scalars(reply))
+        frame = await off_loop(nbytes, tensor_frame, params, dtype, fields)
         return BinaryResponse(frame, status, headers)
-    text = await off_loop(nbytes, _reply_text, reply, dtype)
+    text = await off_loop(nbytes, _json_text, fields, params, encoding, dtype)
     return Response(text, status, headers, JSON)
 
 
-def _scalars(reply: Reply) -> dict[str, Any]:
-    if reply.params is None:
-        return reply.scalars
-    return {**reply.scalars, "returned": reply.returned}
-
-
-def _reply_text(reply: Reply, dtype: str | None) -> bytes:
-    document = finite(_scalars(reply))
-    if reply.params is not None:
-        encoding: Encoding = "base64" if reply.encoding == "base64" else "list"
-        document["params"] = json_tensors(reply.params, encoding, dtype)
+def _json_text(
+    fields: Mapping[str, Any], params: Published | None, encoding: Encoding, dtype: str | None
+) -> bytes:
+    document = finite(fields)
+    if params is not None:
+        document["params"] = json_tensors(params, encoding, dtype)
     return dump(document)

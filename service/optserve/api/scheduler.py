@@ -135,7 +135,7 @@ async def preview_schedule(request: Request, media: JsonMedia, claim: Claim) -> 
     rows = await asyncio.to_thread(
         preview, body.scheduler, hyperparameters(body), body.steps, metrics=body.metrics
     )
-    return json_response({"steps": len(rows), "rows": rows})
+    return json_response({"steps": rows})
 
 
 def hyperparameters(body: PreviewBody) -> list[dict[str, Any]]:

@@ -81,8 +81,8 @@ async def create(
     if "id" in fields:
         raise Invalid("id is no field of this body; PUT /v1/sessions/{id} takes it", field="id")
     params = await incoming.take_params(list_dtype(fields))
-    order = fields.pop("order", None)
-    if params is not None and order is None:
+    order = None
+    if params is not None and "order" not in fields:
         # The members of a JSON object have an order that the caller chose, a frame's tensors do not.
         order = list(params) if incoming.tensors is None else sorted(params, key=str.encode)
     return await done(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import Header, Query
@@ -13,7 +14,7 @@ from optserve.api.decode import Claim, digest_of
 from optserve.api.openapi import BINARY, operation
 from optserve.api.replies import BinaryResponse, done, encode_reply, negotiate, off_loop
 from optserve.api.routing import TENANT, Media, SessionId, registry_of, router, session_of
-from optserve.sessions.ledger import Identity
+from optserve.sessions.ledger import Identity, check_identity
 from optserve_client.errors import (
     Conflict,
     LineSearchOpen,
@@ -77,4 +78,6 @@ async def _read_file(request: Request, claim: Identity) -> tuple[memoryview, Ide
         raise Malformed("the body is empty, expected a state file")
     raw = await Body(request, settings_of(request).max_body_bytes).read()
     digest = await off_loop(len(raw), digest_of, request, "state", raw)
-    return memoryview(raw), claim.with_digest(digest)
+    identity = replace(claim, digest=digest)
+    check_identity(identity)
+    return memoryview(raw), identity

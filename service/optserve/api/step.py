@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -68,9 +65,9 @@ _ERRORS = [
 async def post_step(session_id: SessionId, request: Request) -> Response:
     """One request is one gradient. It is answered when the change is as durable as the session
     promises."""
-    media, session = any_media(request), session_of(request, session_id)
+    media, key, session = any_media(request), header_key(request), session_of(request, session_id)
     step = await decode_step(request, session)
-    return await encode_reply(media, await done(session.step(step, identity_of(request, step))))
+    return await encode_reply(media, await done(session.step(step, identity_of(step, key))))
 
 
 @routes.post(
@@ -91,9 +88,10 @@ async def post_any_step(request: Request) -> Response:
     """Like `/v1/sessions/{id}/step` with `id` in the body (in the metadata of a binary one). With
     `optimizer` in it, the session is created on first use from the create fields and `params` of
     the same body; later calls with the same create fields only step."""
-    media = any_media(request)
-    session, step = await first_use(request)
-    return await encode_reply(media, await done(session.step(step, identity_of(request, step))))
+    media, key = any_media(request), header_key(request)
+    call = await first_use(request)
+    reply = await done(call.session.step(call.step, identity_of(call.step, key)))
+    return await encode_reply(media, reply, created=call.created)
 
 
 async def decode_step(request: Request, session: Session) -> Step:
@@ -119,13 +117,9 @@ def step_from_text(request: Request, session: Session, raw: bytes | bytearray) -
     return session.step_from_json(loads_object(raw), digest_of(request, "step", raw))
 
 
-def identity_of(request: Request, step: Step) -> Identity:
+def identity_of(step: Step, key: str | None) -> Identity:
     """Return who sent ``step``: its fields say so, or the Idempotency-Key header."""
     fields = step.fields
     return Identity(
-        worker=fields.worker,
-        epoch=fields.epoch,
-        seq=fields.seq,
-        key=header_key(request),
-        digest=step.digest,
+        worker=fields.worker, epoch=fields.epoch, seq=fields.seq, key=key, digest=step.digest
     )

@@ -1,7 +1,7 @@
 """Flat buffers: the params, a gradient, an average, each one allocation with a view per tensor.
 
-One leaf Parameter per tensor that is a view at any offset steps bit-equal to separate tensors, and a
-published copy, a snapshot or a reply is then a single memcpy in wire order.
+One leaf Parameter per tensor that is a view at any offset steps bit-equal to separate tensors, and
+a published copy, a snapshot or a reply is then a single memcpy in wire order.
 """
 
 from __future__ import annotations

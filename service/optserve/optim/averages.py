@@ -13,7 +13,7 @@ from optserve.optim.layout import Layout
 
 
 class Ema:
-    """torch's AveragedModel with get_ema_multi_avg_fn: starts as the params, and is them after one update."""
+    """torch's AveragedModel with get_ema_multi_avg_fn: the first update copies the params."""
 
     def __init__(self, params: Arena, decay: float) -> None:
         self.arena = params.clone()
@@ -41,7 +41,7 @@ class Best:
         self.version: int | None = None
 
     def offer(self, value: float | None, params: Arena, version: int) -> None:
-        """Keep ``params``, which have ``value`` and are ``version``, if nothing before was better."""
+        """Keep ``params`` of ``version``, which have ``value``, if nothing before was better."""
         if value is None or math.isnan(value):
             return
         if self.value is None or self._sign * value < self._sign * self.value:

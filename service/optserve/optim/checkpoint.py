@@ -1,8 +1,9 @@
 """An engine as JSON and named tensors, and back, bit for bit.
 
-The names are those of the state file: ``param/<name>``, ``state/<name>/<torch's key>``, ``ema/<name>``,
-``best/<name>``, ``window/<name>``, ``lbfgs/<i>``. torch's own load_state_dict casts moments to the
-parameter's dtype and aliases live tensors; here each tensor keeps its own dtype, and is copied.
+The names are those of the state file: ``param/<name>``, ``state/<name>/<torch's key>``,
+``ema/<name>``, ``best/<name>``, ``window/<name>``, ``lbfgs/<i>``. torch's own load_state_dict casts
+moments to the parameter's dtype and aliases live tensors; here each tensor keeps its own dtype, and
+is copied.
 """
 
 from __future__ import annotations

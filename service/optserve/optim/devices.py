@@ -10,7 +10,7 @@ DTYPES = ("float32", "float64", "bfloat16")
 
 
 def resolve(device: str) -> str:
-    """Return ``cpu``, ``cuda`` or ``cuda:i`` for a requested device; Invalid when it is not here."""
+    """Return ``cpu``, ``cuda`` or ``cuda:i`` for a requested device; Invalid if it is not here."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -46,7 +46,7 @@ class Outcome:
 
 
 class Engine:
-    """Params in an arena, a torch optimizer over views of it, a scheduler, and what is kept beside."""
+    """Params in an arena, a torch optimizer over views of it, a scheduler, and averages."""
 
     def __init__(
         self, recipe: Recipe, layout: Layout, params: Mapping[str, wire.Tensor] | None
@@ -114,7 +114,7 @@ class Engine:
             group.update(change)
 
     def adjust(self, recipe: Recipe) -> None:
-        """Take over clip, accumulate and nonfinite from ``recipe``; a new window starts if they differ."""
+        """Take over clip, accumulate and nonfinite from ``recipe``; another window starts anew."""
         if (recipe.accumulate_steps, recipe.accumulate_reduce) != (
             self.recipe.accumulate_steps,
             self.recipe.accumulate_reduce,
@@ -148,8 +148,8 @@ class Engine:
     def inspect(self, gradients: Gradients, loss_scale: float | None = None) -> Inspected:
         """Unscale one gradient and look for NaN and Infinity; the session does not change.
 
-        Multiplies by float32(1 / loss_scale) in place, as GradScaler. Raises Nonfinite, naming tensor
-        and index, unless the session skips such gradients or loss_scale was sent.
+        Multiplies by float32(1 / loss_scale) in place, as GradScaler. Raises Nonfinite, naming
+        tensor and index, unless the session skips such gradients or loss_scale was sent.
         """
         grads = self._attach(gradients)
         if loss_scale is not None:
@@ -220,7 +220,7 @@ class Engine:
         return self.advance_scheduler(metric, recorded) if self.advance == "step" else None
 
     def _clip(self, recorded: Mapping[str, Any] | None) -> float | None:
-        """torch.nn.utils' clip_grad_value_, then clip_grad_norm_, over all groups in params order."""
+        """torch.nn.utils' clip_grad_value_, then clip_grad_norm_, over all groups."""
         parameters = list(self.parameters.values())
         if self.recipe.clip_grad_value is not None:
             clip_grad_value_(parameters, self.recipe.clip_grad_value)
@@ -252,7 +252,7 @@ class Engine:
         return {"state": self.scheduler.state(), "groups": changed_hyper(before, self.groups())}
 
     def eval_bytes(self) -> np.ndarray:
-        """Return a read-only copy of the weights to evaluate with, where they are not the live ones."""
+        """Return a read-only copy of the weights to evaluate with, where they are not live."""
         if not self.entry.eval_weights:
             raise Invalid(f"weights=eval: {self.entry.name} evaluates with its live weights")
         evaluated = self.params.clone()
@@ -293,7 +293,7 @@ class Engine:
         metric: float | None = None,
         recorded: Mapping[str, Any] | None = None,
     ) -> Outcome:
-        """LBFGS: take loss and gradient at the trial params; applied when the line search is done."""
+        """LBFGS: take loss and gradient at the trial params; applied once the search is done."""
         assert self.line_search is not None
         grads = self._attach(gradients)
         flat = torch.cat(

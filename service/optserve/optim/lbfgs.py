@@ -1,10 +1,10 @@
 """torch's LBFGS without a closure: the caller evaluates, one request each, and nothing waits.
 
-``LBFGS.step(closure)`` calls the closure up to ``max_eval`` times at trial params of its choosing. Here
-each request brings the loss and gradient of one such call. torch's own step is run again from the
-start with a closure that answers from the record; when the record ends, the params at that moment
-are the next trial params, everything is put back, and the caller is asked to evaluate there. So the
-last run is exactly the one that torch would have made.
+``LBFGS.step(closure)`` calls the closure up to ``max_eval`` times at trial params of its choosing.
+Here each request brings the loss and gradient of one such call. torch's own step is run again from
+the start with a closure that answers from the record; when the record ends, the params at that
+moment are the next trial params, everything is put back, and the caller is asked to evaluate there.
+So the last run is exactly the one that torch would have made.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Recipe:
     #: Name of the value that ``best`` follows: ``loss`` or a metric.
     best_monitor: str | None = None
     best_mode: Literal["min", "max"] = "min"
-    #: What a NaN or Infinity in a gradient does: refuse the request, or use it up without an update.
+    #: What NaN or Infinity in a gradient does: refuse the request, or use it up without effect.
     nonfinite: Literal["reject", "skip"] = "reject"
     #: ``cpu``, ``cuda`` or ``cuda:i``; never ``auto``.
     device: str = "cpu"

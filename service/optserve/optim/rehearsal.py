@@ -67,8 +67,8 @@ def rehearse_group(
 def check_imported(engine: Engine) -> None:
     """Compare the optimizer state of ``engine`` with what one step makes, and step on a copy.
 
-    Raises Invalid or TorchRefused. A kernel trusts the sizes of its state: a wrong one would be read
-    beyond its end.
+    Raises Invalid or TorchRefused. A kernel trusts the sizes of its state: a wrong one would be
+    read beyond its end.
     """
     with torchs_refusals():
         fresh = Engine(replace(engine.recipe, accumulate_steps=1), engine.layout, None)

@@ -1,8 +1,8 @@
 """Optimizer and scheduler state as strict JSON plus tensors, and back, type for type.
 
-JSON alone loses what torch's state needs: tuples become lists, the int keys of MultiStepLR's Counter
-become strings (and the schedule silently never decays again), inf and nan have no spelling. So every
-value that JSON does not have is written as an object with the one key ``$`` + its type:
+JSON alone loses what torch's state needs: tuples become lists, the int keys of MultiStepLR's
+Counter become strings (and the schedule silently never decays again), inf and nan have no spelling.
+So every value that JSON does not have is written as an object with the one key ``$`` + its type:
 
     (0.9, 0.999)          {"$tuple": [0.9, 0.999]}
     Counter({30: 1})      {"$counter": [[30, 1]]}
@@ -30,8 +30,8 @@ def flatten(
 ) -> tuple[Json, dict[str, torch.Tensor]]:
     """Return ``obj`` as strict JSON and the tensors that it held, named below ``prefix``.
 
-    The tensors are not copied; they are added to ``tensors`` when that is given. Raises TypeError for
-    a value of any other type, naming where it is.
+    The tensors are not copied; they are added to ``tensors`` when that is given. Raises TypeError
+    for a value of any other type, naming where it is.
     """
     found: dict[str, torch.Tensor] = {} if tensors is None else tensors
     return _flatten(obj, prefix, found), found
@@ -107,7 +107,7 @@ def _tagged(tag: str, value: Json, tensors: Mapping[str, torch.Tensor], device: 
         case "$tuple":
             return tuple(unflatten(item, tensors, device) for item in value)
         case "$counter":
-            return Counter({key: count for key, count in value})
+            return Counter(dict(value))
         case "$dict":
             return {
                 unflatten(key, tensors, device): unflatten(item, tensors, device)

@@ -1,7 +1,7 @@
 """The create body: checked, completed and normalised, so that equal sessions compare equal.
 
-The normalised config is plain JSON. It is what the create event stores, what status shows and what a
-second PUT is compared with; :func:`recipe` is the part of it that ``optim`` needs.
+The normalised config is plain JSON. It is what the create event stores, what status shows and what
+a second PUT is compared with; :func:`recipe` is the part of it that ``optim`` needs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Description(Fields):
 
     name: Annotated[str, Field(max_length=256)] | None = None
     notes: Text | None = None
-    tags: Tags = {}
+    tags: Tags = Field(default_factory=dict)
 
 
 class Adjustable(Description):
@@ -72,7 +72,7 @@ class CreateFields(Adjustable):
     #: A name, or an object with ``name`` and hyperparameters.
     optimizer: Any
     groups: list[dict[str, Any]] | None = None
-    sparse: list[str] = []
+    sparse: list[str] = Field(default_factory=list)
     #: An object, or a list of them: a ChainedScheduler.
     scheduler: Any = None
     ema: Ema | None = None
@@ -263,7 +263,8 @@ def _groups(
         taken = [name for name in left if any(r.fullmatch(name) for r in regexes)]
         if not taken:
             raise Invalid(
-                f"groups[{i}] is empty: no parameter that an earlier group left matches {shown(patterns)}"
+                f"groups[{i}] is empty: {shown(patterns)} matches no parameter "
+                "that the groups before it left"
             )
         left = [name for name in left if name not in set(taken)]
         overrides = {k: v for k, v in group.items() if k != "params"}

@@ -1,8 +1,8 @@
 """The state file: everything of a session as one safetensors frame.
 
-Tensors are ``param/<name>``, ``state/<name>/<torch's key>``, ``ema/``, ``best/`` and so on; the rest is JSON
-with a ``format`` number under the metadata key ``optserve``. The same frame is a snapshot, the payload
-of a fork's create event, and what export and import speak.
+Tensors are ``param/<name>``, ``state/<name>/<torch's key>``, ``ema/``, ``best/`` and so on; the
+rest is JSON with a ``format`` number under the metadata key ``optserve``. The same frame is a
+snapshot, the payload of a fork's create event, and what export and import speak.
 """
 
 from __future__ import annotations

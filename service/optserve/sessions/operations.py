@@ -1,7 +1,7 @@
 """Every change of a session but the step: what must hold, and what it does.
 
-``check`` raises without having changed anything. ``apply`` changes the state; live requests and replay
-both call it, replay with what ``of`` makes of a committed event.
+``check`` raises without having changed anything. ``apply`` changes the state; live requests and
+replay both call it, replay with what ``of`` makes of a committed event.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SetParams:
 
 
 def check_params(params: Mapping[str, wire.Tensor], state: SessionState) -> None:
-    """Refuse params that are not exactly the session's: names, shapes, and dtypes that would round."""
+    """Refuse params that are not exactly the session's, and dtypes that would round."""
     layout = state.layout
     if missing := [name for name in layout.names if name not in params]:
         raise Invalid(f"params lacks {missing[0]!r} (and {len(missing) - 1} more)")

@@ -34,7 +34,7 @@ class Published:
         }
 
     def subset(self, names: Iterable[str]) -> Published:
-        """Return only the tensors in ``names``, in the session's order; Invalid for unknown ones."""
+        """Return only the tensors in ``names``, in the session's order; Invalid if unknown."""
         wanted = list(names)
         for name in wanted:
             if name not in self.layout.by_name:

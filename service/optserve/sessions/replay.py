@@ -1,4 +1,4 @@
-"""A session read back: the newest snapshot and the events after it, through the code that serves."""
+"""A session read back: the newest snapshot and the events after it, by the code that serves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """One session: every request takes its turn, and each change is one committed event.
 
-A change goes check -> apply -> append -> count in. Whatever fails after the first number changed drops
-the state in memory; the next job reads it back from the journal, as of the last committed event.
+A change goes check -> apply -> append -> count in. Whatever fails after the first number changed
+drops the state in memory; the next job reads it back from the journal, as of the last committed
+event.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ T = TypeVar("T")
 class Session:
     """The one place that changes a :class:`SessionState`, under its turn.
 
-    Methods that return a Future run in the order of their calls; the others look at the last commit.
+    Methods that return a Future run in the order of their calls; the others look at the last
+    commit.
     """
 
     def __init__(self, key: Key, store: Store, turn: Turn, state: SessionState) -> None:

@@ -1,7 +1,7 @@
 """One session as the fold of its journal: each kind of event has one function that applies it.
 
-Live requests and replay go through the same functions. In replay ``recorded`` is what the committed row
-says came out, so that no user expression, clock or reduction is evaluated a second time.
+Live requests and replay go through the same functions. In replay ``recorded`` is what the committed
+row says came out, so that no user expression, clock or reduction is evaluated a second time.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class SessionState:
     ) -> Outcome:
         """Apply one LBFGS evaluation; the first of a step is at the live params."""
         search, fields = self.engine.line_search, step.fields
-        assert search is not None and fields.loss is not None
+        assert search is not None
+        assert fields.loss is not None
         if fields.abandon:
             search.abandon()
         if not search.open:
@@ -162,7 +163,7 @@ class SessionState:
     # --- frames ----------------------------------------------------------------------------------
 
     def frame(self) -> list[bytes | memoryview]:
-        """Return the state file; its buffers are views of live memory, to be copied under the turn."""
+        """Return the state file; its buffers are views of live memory: copy them under the turn."""
         meta, tensors = checkpoint.dump(self.engine)
         return frames.encode(
             {

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from optserve_client.errors import Unavailable
 
 A = TypeVar("A")
-A = TypeVar("A")
 T = TypeVar("T")
 
 #: Jobs that may wait for one turn; more than that is a caller that does not wait for answers.
@@ -133,7 +132,7 @@ class Turn:
             self._running = False
             future.set_exception(exc)
             # exc -> its traceback -> this frame -> future -> exc would keep fn's tensors until a gc
-            # del future, fn
+            del future, fn
         else:
             self._running = False
             future.set_result(result)

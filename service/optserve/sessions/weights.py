@@ -16,7 +16,7 @@ WEIGHTS = ("live", "eval", "ema", "best")
 
 
 def publish(state: SessionState, weights: str) -> Published:
-    """Return a read-only copy of ``live``, ``eval``, ``ema``, ``best`` or LBFGS's ``trial`` weights."""
+    """Return a read-only copy of the ``live``, ``eval``, ``ema``, ``best`` or ``trial`` weights."""
     data = _copied(state.engine, weights)
     return Published(
         generation=state.generation,
@@ -41,7 +41,8 @@ def subtract(new: Published, old: Published) -> Published:
 def _minus(new: wire.Tensor, old: wire.Tensor) -> wire.Tensor:
     if isinstance(new, wire.Bits) and isinstance(old, wire.Bits):
         return wire.Bits.bfloat16(new.to_float32() - old.to_float32())
-    assert isinstance(new, np.ndarray) and isinstance(old, np.ndarray)
+    assert isinstance(new, np.ndarray)
+    assert isinstance(old, np.ndarray)
     return np.subtract(new, old)
 
 
@@ -60,7 +61,8 @@ def _copied(engine: Engine, weights: str) -> np.ndarray:
                 raise Invalid("weights=best: the session keeps no best; create it with best")
             return engine.best.arena.copy_bytes()
         case "trial":
-            assert engine.line_search is not None and engine.line_search.trial is not None
+            assert engine.line_search is not None
+            assert engine.line_search.trial is not None
             return engine.line_search.trial.copy_bytes()
         case _:
             raise Invalid(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r:.80}")

@@ -1,0 +1,203 @@
+"""A step that names its session in the body, and may bring what it takes to create it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+import xxhash
+from starlette.requests import Request
+
+from optserve.api.bodies import Body, body_kind, settings_of
+from optserve.api.decode import digest_of, frame_fields, params_of_frame, tensors_from_json
+from optserve.api.json_text import loads_object
+from optserve.api.replies import done, off_loop
+from optserve.api.routing import TENANT, registry_of
+from optserve.sessions import config as configs
+from optserve.sessions.fields import StepFields
+from optserve.sessions.ledger import Identity
+from optserve.sessions.registry import Registry
+from optserve.sessions.session import Session
+from optserve.sessions.step import Step
+from optserve_client import wire
+from optserve_client.errors import Invalid, Malformed, SessionExists, SessionNotFound
+from optserve_client.wire import META_KEY, Tensor
+
+_CREATE_FIELDS = frozenset(configs.CreateFields.model_fields)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstUse:
+    """A step, its session, and whether the same request created that."""
+
+    session: Session
+    step: Step
+    created: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """The fields of a body, told apart."""
+
+    session_id: str
+    #: None: the body does not say how to create a session. With it, ``groups`` is create's.
+    create: dict[str, Any] | None
+    step: dict[str, Any]
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> _Call:
+        session_id = body.pop("id", None)
+        if session_id is None:
+            raise Invalid(
+                "id is missing: this address takes the session's id in the body", field="id"
+            )
+        if not isinstance(session_id, str):
+            raise Invalid(f"id must be a string, got {session_id!r:.80}", field="id")
+        if "optimizer" not in body:
+            return cls(session_id=session_id, create=None, step=body)
+        create = {key: body.pop(key) for key in list(body) if key in _CREATE_FIELDS}
+        return cls(session_id=session_id, create=create, step=body)
+
+    def find(self, registry: Registry) -> Session | None:
+        """Return the session if it is there and is what the create fields say."""
+        try:
+            session = registry.get(TENANT, self.session_id)
+        except SessionNotFound as exc:
+            if self.create is None:
+                raise SessionNotFound(
+                    f"{exc.detail}; with optimizer and params it is created"
+                ) from exc
+            return None
+        if self.create is not None:
+            _check_same(registry, session, self.create)
+        return session
+
+    async def make(
+        self, registry: Registry, params: dict[str, Tensor], order: list[str]
+    ) -> tuple[Session, bool]:
+        """Create the session, unless somebody else just did; ``order`` if the fields have none."""
+        assert self.create is not None
+        rest = {key: value for key, value in self.step.items() if key not in ("grads", "params")}
+        StepFields.parse(rest)  # what is wrong with the step should not leave a session behind
+        named = None if "order" in self.create else order
+        future = registry.create(
+            TENANT, self.session_id, self.create, params, named, Identity(), exist_ok=True
+        )
+        created = (await done(future)).scalars["created"]
+        return registry.get(TENANT, self.session_id), created
+
+
+def _check_same(registry: Registry, session: Session, create: Mapping[str, Any]) -> None:
+    """Refuse create fields that would have made another session; the step checks the params."""
+    fields = configs.CreateFields.parse({k: v for k, v in create.items() if k != "order"})
+    normal = configs.normalise(fields, session.layout, registry.device, registry.store.promise)
+    origin = configs.origin(normal, session.layout)
+    if origin != session.origin:
+        raise SessionExists(
+            f"session {session.id!r} exists with another configuration"
+            + configs.difference(session.origin, origin),
+            version=session.version,
+        )
+
+
+async def first_use(request: Request) -> FirstUse:
+    """Return the step in the body; its session exists by then."""
+    kind = body_kind(request)
+    if kind is None:
+        raise Malformed("the body is empty, expected a step")
+    return await (_from_json(request) if kind == "json" else _from_frame(request))
+
+
+async def _from_json(request: Request) -> FirstUse:
+    raw = await Body(request, settings_of(request).max_json_bytes).read()
+    body = await off_loop(len(raw), loads_object, raw)
+    digest = await off_loop(len(raw), digest_of, request, "step", raw)
+    call, registry = _Call.of(body), registry_of(request)
+    session, created = call.find(registry), False
+    if session is None:
+        given, create = call.step.get("params"), call.create or {}
+        dtype = create.get("dtype")
+        tag = wire.dtype_tag(dtype) if isinstance(dtype, str) else None
+        params = await off_loop(len(raw), tensors_from_json, given or {}, "params", tag, None)
+        session, created = await call.make(registry, params, list(params))
+    if created:
+        del call.step["params"]
+    step = await off_loop(len(raw), session.step_from_json, call.step, digest)
+    return FirstUse(session=session, step=step, created=created)
+
+
+async def _from_frame(request: Request) -> FirstUse:
+    limit = settings_of(request).max_body_bytes
+    hasher = xxhash.xxh3_128(b"POST step\n")
+    chunks = _hashed(Body(request, limit).chunks(), hasher)
+    header, begun = await _read_header(chunks)
+    call, registry = _Call.of(frame_fields(header.metadata)), registry_of(request)
+    metadata = {META_KEY: orjson.dumps(call.step).decode()}
+    session, created = call.find(registry), False
+    feed: AsyncIterator[bytes | memoryview]
+    if session is not None:
+        infos = ((info.name, info.dtype, info.shape) for info in header.tensors)
+        feed = _chain([wire.encode_header(infos, metadata), begun], chunks)
+    else:
+        tensors = await _read_tensors(header, begun, chunks)
+        params = params_of_frame({n: t for n, t in tensors.items() if n.startswith("param/")})
+        session, created = await call.make(registry, params, sorted(params, key=str.encode))
+        rest = {n: t for n, t in tensors.items() if not (created and n.startswith("param/"))}
+        feed = _chain(wire.encode(rest, metadata), chunks)
+    intake = session.intake(limit)
+    try:
+        async for piece in feed:
+            intake.feed(piece)
+    except BaseException:
+        intake.abort()
+        raise
+    step = await off_loop(intake.frame_bytes or 0, intake.finish)
+    # Of the body as it came: the first call and its repeat feed the intake differently.
+    step = replace(step, digest=hasher.digest())
+    return FirstUse(session=session, step=step, created=created)
+
+
+async def _hashed(chunks: AsyncIterator[bytes], hasher: xxhash.xxh3_128) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        hasher.update(chunk)
+        yield chunk
+
+
+async def _chain(
+    begun: list[bytes | memoryview], chunks: AsyncIterator[bytes]
+) -> AsyncIterator[bytes | memoryview]:
+    for piece in begun:
+        yield piece
+    async for chunk in chunks:
+        yield chunk
+
+
+async def _read_header(chunks: AsyncIterator[bytes]) -> tuple[wire.Header, bytes]:
+    """Return the header of a frame, and what arrived with it of the tensors."""
+    begun, need = bytearray(), 8
+    async for chunk in chunks:
+        begun += chunk
+        if len(begun) >= 8:
+            need = 8 + wire.header_length(begun)
+        if len(begun) >= need > 8:
+            return wire.parse_header(memoryview(begun)[8:need]), bytes(begun[need:])
+    raise Malformed(f"the body ended after {len(begun)} bytes, inside its header")
+
+
+async def _read_tensors(
+    header: wire.Header, begun: bytes, chunks: AsyncIterator[bytes]
+) -> dict[str, Tensor]:
+    data = bytearray(begun)
+    async for chunk in chunks:
+        data += chunk
+        if len(data) > header.data_bytes:
+            break
+    if len(data) != header.data_bytes:
+        raise Malformed(f"the tensors have {header.data_bytes} bytes, the body brings {len(data)}")
+    view = memoryview(data)
+    return {
+        info.name: wire.from_bytes(info.dtype, info.shape, view[info.begin : info.end])
+        for info in header.tensors
+    }
