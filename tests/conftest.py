@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from tests import record
+from tests.record import Figure
 from tests.serving import ServerProcess
 
 LONG = os.environ.get("OPTSERVE_TEST_LONG") == "1"
-
-Figure = Callable[[str, float, str], None]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,6 +57,26 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         path = Path(__file__).resolve().parents[1] / "docs" / "track-record.md"
         record.append(path, figures)
         terminalreporter.write_line(f"appended to {path}")
+
+
+@pytest.fixture
+def registry() -> Iterator[Any]:
+    """A registry over an empty memory store, closed afterwards."""
+    from optserve.sessions.registry import Registry  # imports torch: not for tests that need none
+    from optserve.store.memory import MemoryStore
+
+    registry = Registry(MemoryStore(), device="cpu")
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def app(registry: Any) -> Any:
+    """The ASGI app over ``registry``, in this process."""
+    from optserve.api.app import create_app
+    from optserve.settings import Settings
+
+    return create_app(registry, Settings())
 
 
 @pytest.fixture(scope="session")

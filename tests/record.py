@@ -6,13 +6,15 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 PROPERTY = "figure"
 
 Row = tuple[str, float, str]
+#: Notes name, value and unit.
+Figure = Callable[[str, float, str], None]
 
 
 def collect(stats: Mapping[str, Iterable[Any]]) -> list[Row]:

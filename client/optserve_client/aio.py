@@ -196,8 +196,9 @@ class AsyncClient:
                 content=async_body_of(request),
             ) as response:
                 incoming = incoming_of(response)
-                async for chunk in response.aiter_raw():
-                    incoming.take(chunk)
+                if not response.is_stream_consumed:
+                    async for chunk in response.aiter_raw():
+                        incoming.take(chunk)
                 return incoming.answer()
 
 

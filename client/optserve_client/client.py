@@ -250,6 +250,7 @@ class Client:
             ) as response,
         ):
             incoming = incoming_of(response)
-            for chunk in response.iter_raw():
-                incoming.take(chunk)
+            if not response.is_stream_consumed:
+                for chunk in response.iter_raw():
+                    incoming.take(chunk)
             return incoming.answer()

@@ -279,5 +279,7 @@ def from_problem(status: int, problem: dict[str, Any]) -> OptserveError:
     by_code = {cls.code: cls for cls in tree()}
     if cls := by_code.get(str(problem.get("code"))):
         return cls(detail, **extra)
-    fallback = next((cls for cls in tree() if cls.status == status), ServerError)
+    kinds = (*tree(RequestError), *tree(ServerError))
+    unknown = RequestError if status < 500 else ServerError
+    fallback = next((cls for cls in kinds if cls.status == status), unknown)
     return fallback(detail or f"HTTP {status}", **extra)

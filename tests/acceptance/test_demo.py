@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import Figure
+from tests.record import Figure
 from tests.serving import ROOT, environment
 
 #: From the start of scripts/demo, when everything is installed already.

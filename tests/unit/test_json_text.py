@@ -82,7 +82,13 @@ def test_what_is_no_json_is_refused_with_a_sentence(text: bytes, sentence: str) 
 
 @pytest.mark.parametrize(
     ("text", "got"),
-    [(b"[1]", "a list"), (b'"x"', "a string"), (b"null", "null"), (b"1.5", "1.5"), (b"true", "true")],
+    [
+        (b"[1]", "a list"),
+        (b'"x"', "a string"),
+        (b"null", "null"),
+        (b"1.5", "1.5"),
+        (b"true", "true"),
+    ],
 )
 def test_a_top_level_that_is_no_object_is_refused(text: bytes, got: str) -> None:
     with pytest.raises(Malformed) as caught:

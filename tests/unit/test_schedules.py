@@ -129,7 +129,14 @@ CASES: dict[str, tuple[Any, Make]] = {
             "max_momentum": 0.95,
         },
         lambda o: t.CyclicLR(
-            o, 0.01, 0.1, 5, 9, "triangular2", base_momentum=[0.5, 0.6, 0.7], max_momentum=0.95
+            o,
+            0.01,
+            0.1,
+            5,
+            9,
+            "triangular2",
+            base_momentum=[0.5, 0.6, 0.7],  # type: ignore[arg-type]  # a list works, says its text
+            max_momentum=0.95,
         ),
     ),
     "CyclicLR exp_range": (
@@ -170,7 +177,7 @@ CASES: dict[str, tuple[Any, Make]] = {
             0.01,
             1.0,
             6,
-            scale_fn=lambda x: [0.5, 0.75, 1.0][min(x, 2)],
+            scale_fn=lambda x: [0.5, 0.75, 1.0][min(int(x), 2)],
             scale_mode="iterations",
         ),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -58,7 +58,6 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
         middleware=[Middleware(Edge)],
         exception_handlers={HTTPException: _to_edge, RequestValidationError: _to_edge},
         separate_input_output_schemas=False,
-        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.registry = registry
     app.state.settings = settings
@@ -72,8 +71,3 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
 async def _to_edge(request: Request, exc: Exception) -> NoReturn:
     """Leave FastAPI's own exceptions to the place where all others end."""
     raise exc
-
-
-def document(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document."""
-    return app.openapi()

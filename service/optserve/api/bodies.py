@@ -1,4 +1,4 @@
-"""Request bodies off the wire: media type, limits, deadlines. What the bytes mean is decode.py's."""
+"""Request bodies off the wire: media type, limits, deadlines. What bytes mean is decode.py's."""
 
 from __future__ import annotations
 

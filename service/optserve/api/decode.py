@@ -58,7 +58,7 @@ Claim = Annotated[Identity, Depends(read_claim)]
 
 
 def identify(claim: Identity, fields: dict[str, Any], digest: bytes) -> Identity:
-    """Take worker, epoch and seq out of ``fields`` and join them with what query and header said."""
+    """Take worker, epoch and seq out of ``fields``, and join what query and header said."""
     found: dict[str, Any] = {}
     for name, kind in (("worker", str), ("epoch", int), ("seq", int)):
         value = fields.pop(name, None)
@@ -147,7 +147,7 @@ class Incoming:
 def tensors_from_json(
     given: Any, field: str, dtype: str | None, layout: Layout | None
 ) -> dict[str, Tensor]:
-    """Return the tensors of a JSON object by name; ``layout``, where it has the name, says the shape."""
+    """Return the tensors of a JSON object by name; ``layout`` says the shapes of those it has."""
     if not isinstance(given, dict):
         raise Invalid(
             f"{field} must be an object of tensors by name, got {shown(given)}", field=field
@@ -165,7 +165,7 @@ def params_of_frame(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the params of a binary body, which has no other tensors."""
     for name in tensors:
         if not name.startswith(_PARAM):
-            raise Invalid(f"tensor {shown(name)} is none of this request's; expected 'param/<name>'")
+            raise Invalid(f"tensor {shown(name)} is not called param/<name>")
     return {name.removeprefix(_PARAM): tensor for name, tensor in tensors.items()}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
+from optserve.api.replies import json_response
 from optserve.api.routing import router
 from optserve_client.errors import NotFound
 
@@ -32,8 +33,7 @@ _PAGE = b"""<!doctype html>
 </head>
 <body>
 <div id="page"></div>
-<noscript>This page needs JavaScript; the same content is in <a href="openapi.json">openapi.json</a>.
-</noscript>
+<noscript>This needs JavaScript; <a href="openapi.json">openapi.json</a> does not.</noscript>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/start.js"></script>
 </body>
@@ -55,8 +55,9 @@ _START = b"""SwaggerUIBundle({
 
 # Swagger UI sets style attributes and draws its icons from data: addresses.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "font-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
     "content-security-policy": _POLICY,
@@ -71,6 +72,12 @@ routes = router("docs")
 async def get_root() -> Response:
     """Redirect to the API page."""
     return RedirectResponse("docs", 307)
+
+
+@routes.get("/openapi.json", include_in_schema=False)
+async def get_openapi_document(request: Request) -> Response:
+    """Return the OpenAPI document."""
+    return json_response(request.app.openapi())
 
 
 @routes.get("/docs", include_in_schema=False)

@@ -15,8 +15,8 @@ log = structlog.get_logger(__name__)
 #: A refused request whose body is at most this large is read to its end, to keep the connection.
 DRAIN_BYTES = 64 * 1024
 DRAIN_S = 1.0
-#: How long the rest of a larger body is thrown away after the refusal was sent. Closing at once would
-#: reset the connection, and a client that is still sending would never see why.
+#: How long the rest of a larger body is thrown away after the refusal was sent. Closing at once
+#: would reset the connection, and a client that is still sending would never see why.
 LINGER_S = 5.0
 
 

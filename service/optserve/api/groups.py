@@ -29,6 +29,7 @@ routes = router("groups")
         "Set hyperparameters of one group",
         body="GroupBody",
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict, LineSearchOpen, TorchRefused],
     ),
 )
@@ -55,6 +56,7 @@ async def patch_group(
         body="AddGroupBody",
         binary=BINARY,
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict, LineSearchOpen, TorchRefused],
     ),
 )

@@ -62,7 +62,7 @@ async def get_history(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return rows as CSV (RFC 4180): columns ``lr.0``, ``metrics.acc``; what a row lacks is empty."""
+    """Return rows as CSV (RFC 4180), with columns such as ``lr.0`` and ``metrics.acc``."""
     flat = [_flatten(row) for row in rows]
     columns = list(dict.fromkeys(column for row in flat for column in row))
     text = io.StringIO()
@@ -97,6 +97,7 @@ class MetricsBody(Fields):
         "Add metrics to a version",
         body="MetricsBody",
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict],
     ),
 )

@@ -18,7 +18,7 @@ from optserve_client.errors import Malformed
 #: A tensor may have 32 dimensions; nothing else nests deeply.
 MAX_DEPTH = 64
 
-# Every string of the text in turn, so that none is entered in its middle; a key is followed by a colon.
+# Every string of the text in turn, so that none is entered in its middle; a colon follows a key.
 # Possessive: the text is known to be valid JSON, so nothing is ever given back.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"(\s*+:)?', re.DOTALL)
 _KEY_END = re.compile(rb'"\s*+:')

@@ -35,9 +35,10 @@ DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
     "/v1/sessions/{session_id}/params",
     **operation(
         "Pull parameters",
-        reply="Params",
+        reply="ParamsReply",
         binary_reply=True,
         also={304: None},
+        etag=True,
         errors=[SessionNotFound],
     ),
 )
@@ -47,9 +48,7 @@ async def get_params(
     media: Media,
     weights: Annotated[
         Weights,
-        Query(
-            description="`eval`: as ScheduleFree evaluates; `ema`, `best`: if the session keeps them."
-        ),
+        Query(description="`eval`: as ScheduleFree has them; `ema`, `best`: if kept."),
     ] = "live",
     names: Annotated[
         list[str] | None, Query(description="Only these; repeat it or separate with commas.")
@@ -92,6 +91,7 @@ def split_names(given: list[str], layout: Layout) -> list[str]:
         body="PutParamsBody",
         binary=BINARY,
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict, LineSearchOpen, PreconditionFailed, Nonfinite],
     ),
 )

@@ -50,8 +50,16 @@ async def get_readyz(request: Request) -> Response:
 
 @routes.get("/version", **operation("What runs here?", reply="Version"))
 async def get_version(request: Request) -> Response:
-    """The versions of the server, of torch and of Python, and what the server can do."""
-    return json_response({**_versions(), "device": registry_of(request).device})
+    """The versions of the server, of torch and of Python, what it runs on and what it can do."""
+    registry = registry_of(request)
+    return json_response(
+        {
+            **_versions(),
+            "device": registry.device,
+            "threads": registry.threads,
+            "store": registry.store.promise,
+        }
+    )
 
 
 @cache

@@ -169,7 +169,7 @@ def tensor_frame(
         return [wire.encode_header((), metadata)]
     if dtype is None or dtype == params.layout.dtype:
         infos = [(f"param/{s.name}", params.layout.dtype, s.shape) for s in params.layout.slots]
-        return [wire.encode_header(infos, metadata), memoryview(params.data)]
+        return [wire.encode_header(infos, metadata), params.data.data]
     tensors = converted(params, dtype)
     return wire.encode({f"param/{name}": t for name, t in tensors.items()}, metadata)
 

@@ -43,14 +43,15 @@ async def get_scheduler(session_id: SessionId, request: Request, media: JsonMedi
         "Replace the scheduler",
         body="SchedulerOrNull",
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict, TorchRefused],
     ),
 )
 async def put_scheduler(
     session_id: SessionId, request: Request, media: Media, claim: Claim
 ) -> Response:
-    """Attaches it as torch does, which may change the lr at once. A list is a ChainedScheduler; null
-    takes the scheduler away."""
+    """Attaches it as torch does, which may change the lr at once. A list is a ChainedScheduler;
+    null takes the scheduler away."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "scheduler", needs="a value")
     change = SetScheduler(spec=incoming.value)
@@ -71,13 +72,14 @@ class AdvanceBody(Fields):
         body="AdvanceBody",
         body_required=False,
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict, SchedulerFailed],
     ),
 )
 async def step_scheduler(
     session_id: SessionId, request: Request, media: Media, claim: Claim
 ) -> Response:
-    """torch's `scheduler.step()`; refused where the scheduler advances with each update by itself."""
+    """torch's `scheduler.step()`; refused where each update advances the scheduler by itself."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "scheduler/step", needs=None)
     change = AdvanceScheduler(metrics=AdvanceBody.parse(incoming.fields).metrics)

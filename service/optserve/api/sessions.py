@@ -43,6 +43,7 @@ routes = router("sessions")
         binary=BINARY,
         status=201,
         reply="CreateReply",
+        binary_reply=True,
         errors=[TorchRefused],
     ),
 )
@@ -59,6 +60,7 @@ async def create_session(request: Request, media: Media, claim: Claim) -> Respon
         body="CreateBody",
         binary=BINARY,
         reply="CreateReply",
+        binary_reply=True,
         also={201: "CreateReply"},
         errors=[SessionExists, TorchRefused],
     ),
@@ -83,7 +85,7 @@ async def create(
     params = await incoming.take_params(list_dtype(fields))
     order = None
     if params is not None and "order" not in fields:
-        # The members of a JSON object have an order that the caller chose, a frame's tensors do not.
+        # The caller chose the order of a JSON object's members; a frame's tensors have none.
         order = list(params) if incoming.tensors is None else sorted(params, key=str.encode)
     return await done(
         registry.create(
@@ -111,7 +113,7 @@ async def list_sessions(
         Query(description="`key:value`; repeat it for sessions that have all of them."),
     ] = None,
     order_by: Annotated[
-        str, Query(pattern=r"^-?(created|updated|name)$", description="`-` for descending.")
+        str, Query(pattern=r"^-?(created|changed|name)$", description="`-` for descending.")
     ] = "created",
 ) -> Response:
     """One page of the sessions, each with its name, tags, optimizer and counters."""
@@ -137,7 +139,7 @@ def parse_tags(pairs: list[str]) -> dict[str, str]:
     **operation("Read a session's status", reply="Session", errors=[SessionNotFound]),
 )
 async def get_session(session_id: SessionId, request: Request, media: JsonMedia) -> Response:
-    """The full config, effective hyperparameters, counters, and the line of torch to compare with."""
+    """The full config, effective hyperparameters, counters, and the same in a line of torch."""
     return json_response(await done(session_of(request, session_id).status()))
 
 
@@ -147,6 +149,7 @@ async def get_session(session_id: SessionId, request: Request, media: JsonMedia)
         "Change clipping, accumulation, name, notes or tags",
         body="PatchBody",
         reply="ChangeReply",
+        binary_reply=True,
         errors=[SessionNotFound, Conflict],
     ),
 )
@@ -162,7 +165,12 @@ async def patch_session(
 
 @routes.delete(
     "/v1/sessions/{session_id}",
-    **operation("Delete a session", reply="DeleteReply", errors=[SessionNotFound, Conflict]),
+    **operation(
+        "Delete a session",
+        reply="DeleteReply",
+        binary_reply=True,
+        errors=[SessionNotFound, Conflict],
+    ),
 )
 async def delete_session(
     session_id: SessionId,
@@ -186,6 +194,7 @@ async def delete_session(
         body_required=False,
         status=201,
         reply="CreateReply",
+        binary_reply=True,
         errors=[SessionNotFound, SessionExists],
     ),
 )

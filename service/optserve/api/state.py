@@ -36,8 +36,8 @@ routes = router("state")
     ),
 )
 async def get_state(session_id: SessionId, request: Request) -> Response:
-    """`param/<name>`, `state/<name>/<torch's key>`, `ema/`, `best/`; the rest is JSON with a `format`
-    number in `__metadata__["optserve"]`. The safetensors package alone can load it."""
+    """`param/<name>`, `state/<name>/<torch's key>`, `ema/`, `best/`; the rest is JSON with a
+    `format` number in `__metadata__["optserve"]`. The safetensors package alone can load it."""
     negotiate(request.headers.get("accept"), (SAFETENSORS, "application/octet-stream"))
     session = session_of(request, session_id)
     frame = await done(session.export())
@@ -51,6 +51,7 @@ async def get_state(session_id: SessionId, request: Request) -> Response:
         "Import a state file",
         binary=BINARY,
         reply="ChangeReply",
+        binary_reply=True,
         also={201: "CreateReply"},
         errors=[Conflict, LineSearchOpen, PreconditionFailed],
     ),

@@ -70,20 +70,20 @@ async def post_step(session_id: SessionId, request: Request) -> Response:
     return await encode_reply(media, await done(session.step(step, identity_of(step, key))))
 
 
-@routes.post(
-    "/v1/step",
-    **operation(
-        "Step the session that the body names, and create it if need be",
-        body="OneCallBody",
-        binary=BINARY,
-        reply="StepReply",
-        binary_reply=True,
-        also={201: "StepReply"},
-        parameters=[KEY_PARAMETER],
-        errors=[*_ERRORS, SessionExists],
-    ),
+_ANY_STEP = operation(
+    "Step the session that the body names, and create it if need be",
+    body="OneCallBody",
+    binary=BINARY,
+    reply="StepReply",
+    binary_reply=True,
+    also={201: "StepReply"},
+    parameters=[KEY_PARAMETER],
+    errors=[*_ERRORS, SessionExists],
 )
-@routes.post("/step", include_in_schema=False)
+
+
+@routes.post("/v1/step", **_ANY_STEP)
+@routes.post("/step", name="post_any_step_short", **_ANY_STEP)
 async def post_any_step(request: Request) -> Response:
     """Like `/v1/sessions/{id}/step` with `id` in the body (in the metadata of a binary one). With
     `optimizer` in it, the session is created on first use from the create fields and `params` of

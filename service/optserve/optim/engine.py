@@ -137,6 +137,8 @@ class Engine:
         added = {name: torch.nn.Parameter(self.params.views[name]) for name in params}
         self.parameters |= added
         self.optimizer.add_param_group({**fields, "params": list(added.values())})
+        if self.scheduler is not None:
+            self.scheduler.adopt_groups()
         for kept in (self.ema, self.best):
             if kept is not None:
                 kept.arena = kept.arena.grown(new)

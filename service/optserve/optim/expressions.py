@@ -12,6 +12,7 @@ import ast
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,10 +82,13 @@ _STRUCTURE = (ast.Expr, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfE
 _LEAVES = (ast.Name, ast.Constant)
 _WORDLESS = (ast.Load, ast.And, ast.Or)  # parts of other nodes, never evaluated by themselves
 
+# SimpleEval's constructor suspends the process-wide warning filters; two at once could lose them.
+_CONSTRUCTION = threading.Lock()
+
 # A number, a word or an operator. Anything else never reaches Python's parser, so it can neither
 # warn ("1if x") nor meet a string, an attribute, a comprehension or an assignment.
 _TOKEN = re.compile(
-    r"\s+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])|[A-Za-z]\w*(?!\.)"
+    r"\s+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])|[A-Za-z]\w*"
     r"|\*\*|//|<=|>=|==|!=|[-+*/%<>(),]",
     re.ASCII,
 )
@@ -132,10 +136,11 @@ class Expression:
         self.text, self.variable, self.where = text, variable, where
         self._node = self._parse(text)
         self._check(self._node)
-        evaluator = SimpleEval(
-            operators=dict(_OPERATORS),
-            functions={name: function for name, (function, _, _) in FUNCTIONS.items()},
-        )
+        with _CONSTRUCTION:
+            evaluator = SimpleEval(
+                operators=dict(_OPERATORS),
+                functions={name: function for name, (function, _, _) in FUNCTIONS.items()},
+            )
         allowed = (*_STRUCTURE, *_LEAVES)
         evaluator.nodes = {t: handler for t, handler in evaluator.nodes.items() if t in allowed}
         self._evaluator = evaluator
@@ -225,18 +230,21 @@ class Expression:
             raise self._invalid(f"{node.id} is a function: write {node.id}(...)")
         if node.id not in names:
             raise self._invalid(
-                f"unknown name {node.id!r}; names are {', '.join(names)}, "
+                f"unknown name {shown(node.id)}; names are {', '.join(names)}, "
                 f"functions are {', '.join(FUNCTIONS)}"
             )
 
     def _check_call(self, node: ast.Call) -> None:
         if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
             name = node.func.id if isinstance(node.func, ast.Name) else "that"
-            raise self._invalid(f"{name} is not a function; functions are {', '.join(FUNCTIONS)}")
+            raise self._invalid(
+                f"{shown(name)} is not a function; functions are {', '.join(FUNCTIONS)}"
+            )
         _, least, most = FUNCTIONS[node.func.id]
         if node.keywords or not least <= len(node.args) <= most:
             bound = str(least) if least == most else f"{least} to {most}"
-            raise self._invalid(f"{node.func.id} takes {bound} numbers, got {len(node.args)}")
+            words = f"{bound} number{'' if bound == '1' else 's'}"
+            raise self._invalid(f"{node.func.id} takes {words}, got {len(node.args)}")
 
 
 class Table:

@@ -60,11 +60,7 @@ class Scheduler:
         for wrong metrics, SchedulerFailed with torch's sentence if the next value cannot be
         computed or is not finite; then nothing has changed.
         """
-        if self.needs_metrics and metrics is None:
-            raise Invalid(f"metrics is required: {self.name} follows it", field="metrics")
-        if not self.needs_metrics and metrics is not None:
-            raise Invalid(f"metrics has no effect on {self.name}", field="metrics")
-        given = () if metrics is None else (number(metrics, "metrics"),)
+        given = self.check_metrics(metrics)
         with self._unchanged_on_error():
             self.adopt_groups()
             try:
@@ -75,6 +71,14 @@ class Scheduler:
             except Exception as exc:
                 at = self.last_epoch
                 raise SchedulerFailed(f"{self.name} at step {at}: {sentence(exc)}") from exc
+
+    def check_metrics(self, metrics: float | None) -> tuple[float, ...]:
+        """Return the arguments of torch's ``step``; raise Invalid for metrics that it cannot take."""
+        if self.needs_metrics and metrics is None:
+            raise Invalid(f"metrics is required: {self.name} follows it", field="metrics")
+        if not self.needs_metrics and metrics is not None:
+            raise Invalid(f"metrics has no effect on {self.name}", field="metrics")
+        return () if metrics is None else (number(metrics, "metrics"),)
 
     def check_new_group(self) -> None:
         """Raise Invalid if a further param group could not be scheduled."""

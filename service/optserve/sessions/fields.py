@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -25,7 +26,7 @@ MAX_INT = 2**63 - 1
 _SHOWN = 80
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
 #: What pydantic puts into a location to say which member of a union it tried.
-_UNION_TAG = re.compile(r"int|float|str|bool|[A-Z]\w*|(?:list|dict|tuple)\[.*\]")
+_UNION_TAG = re.compile(r"(?:constrained-)?(?:int|float|str)|bool|[A-Z]\w*|\w+\[.*\]")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _SHOWN
 
@@ -70,10 +71,10 @@ def _our_check(check: Any, *args: Any) -> AfterValidator:
 
 
 def _check_reply_dtype(name: str) -> None:
-    if wire.dtype_tag(name) not in {"F64", "F32", "F16", "BF16"}:
-        raise Invalid(
-            f"return_dtype must be float64, float32, float16 or bfloat16, got {shown(name)}"
-        )
+    with contextlib.suppress(Invalid):
+        if wire.dtype_tag(name) in {"F64", "F32", "F16", "BF16"}:
+            return
+    raise Invalid(f"return_dtype must be float64, float32, float16 or bfloat16, got {shown(name)}")
 
 
 def _check_metric_name(name: str) -> None:
@@ -166,7 +167,9 @@ def explain(exc: ValidationError, where: str = "") -> Invalid:
     for at, step in enumerate(loc):
         if isinstance(step, str) and _UNION_TAG.fullmatch(step):
             branches = [f for f in faults if f["loc"][:at] == loc[:at] and len(f["loc"]) > at]
-            if len({f["loc"][at] for f in branches}) > 1:
+            direct = {id(f["input"]) for f in branches if len(f["loc"]) == at + 1}
+            # Members of a union saw the same value; entries of a dict that is keyed so did not.
+            if len({f["loc"][at] for f in branches}) > 1 and len(direct) == 1:
                 fault, bound = _closest(branches, at + 1)
                 loc = (*fault["loc"][:at], *fault["loc"][at + 1 :])
                 break
@@ -227,12 +230,14 @@ _BOUNDS = {
     "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
-    "greater_than": "> {gt:g}",
-    "greater_than_equal": ">= {ge:g}",
-    "less_than": "< {lt:g}",
-    "less_than_equal": "<= {le:g}",
+    "greater_than": "> {gt}",
+    "greater_than_equal": ">= {ge}",
+    "less_than": "< {lt}",
+    "less_than_equal": "<= {le}",
     "literal_error": "{expected}",
 }
+
+_LIMITS = {"gt", "ge", "lt", "le"}
 
 
 def _sentence(fault: ErrorDetails, path: str, bound: str) -> str:
@@ -245,7 +250,8 @@ def _sentence(fault: ErrorDetails, path: str, bound: str) -> str:
     if kind == "missing":
         return f"{thing} is missing"
     if bound := bound or _BOUNDS.get(kind, ""):
-        return f"{thing} must be {bound.format(**context)}, got {shown(value)}"
+        limits = {k: int(v) if v == v // 1 else v for k, v in context.items() if k in _LIMITS}
+        return f"{thing} must be {bound.format(**{**context, **limits})}, got {shown(value)}"
     if kind in {"too_long", "too_short", "string_too_long", "string_too_short"}:
         most, unit = ("most", "max") if kind.endswith("long") else ("least", "min")
         what = "characters" if kind.startswith("string") else "entries"

@@ -50,15 +50,14 @@ class StepIntake:
         lease: Lease,
         writer: OpenWriter | None,
         limit_bytes: int | None = None,
-        fields: StepFields | None = None,
     ) -> None:
-        """``writer`` is None in a replay. ``fields``: already known, the frame's are not read."""
+        """``writer`` is None in a replay, which has the journal's bytes already."""
         self._expected = Expected(layout=layout, sparse=frozenset(sparse))
         self._lease = lease
         self._writer = writer
         self._limit = limit_bytes
         #: Known once the header has arrived, as is ``frame_bytes``.
-        self.fields = fields
+        self.fields: StepFields | None = None
         self.frame_bytes: int | None = None
         self._head = bytearray()
         self._head_bytes = _PREFIX_BYTES
@@ -115,8 +114,7 @@ class StepIntake:
         """Judge the header, then lease the buffer and open the journal."""
         header = wire.parse_header(memoryview(self._head)[_PREFIX_BYTES:])
         self._check_size(header.frame_bytes)
-        if self.fields is None:
-            self.fields = StepFields.parse(read_fields(header.metadata))
+        self.fields = StepFields.parse(read_fields(header.metadata))
         in_place = self._check(header)
         buffer = self._buffer = self._lease()
         for info in header.tensors:

@@ -220,12 +220,7 @@ class AdvanceScheduler:
             raise Conflict("the session has no scheduler; PUT one first")
         if state.engine.advance == "step":
             raise Conflict("the scheduler advances with each update: its advance is 'step'")
-        if scheduler.needs_metrics != (self.metrics is not None):
-            raise Invalid(
-                "metrics is missing: the scheduler is a ReduceLROnPlateau"
-                if scheduler.needs_metrics
-                else "metrics: only a ReduceLROnPlateau takes them"
-            )
+        scheduler.check_metrics(self.metrics)
 
     def apply(self, state: SessionState, abandon: bool) -> Change:
         moved = state.engine.advance_scheduler(self.metrics, self.recorded)

@@ -1,0 +1,519 @@
+"""Both clients over a network that the test holds in its hand."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+import optserve_client
+from optserve_client import (
+    AsyncClient,
+    AsyncSession,
+    Client,
+    Params,
+    Retry,
+    Session,
+    Sparse,
+    errors,
+    wire,
+)
+
+Handler = Callable[[httpx.Request], httpx.Response]
+STEP = {"id": "s", "generation": "g", "version": 1, "applied_version": 1, "updates": 1}
+STEP |= {"applied": True, "duplicate": False, "groups": [{"lr": 0.1}], "grad_norm": 2.0}
+QUICK = Retry(retries=2, first_s=0.0, longest_s=0.0)
+
+
+class Wire:
+    """Answers requests from a list and keeps them."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.outcomes = list(outcomes)
+        self.requests: list[httpx.Request] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def fields(self, index: int = -1) -> dict[str, Any]:
+        body = self.requests[index].content
+        if self.requests[index].headers["content-type"] == wire.SAFETENSORS:
+            return json.loads(wire.decode(body)[1][wire.META_KEY])
+        return json.loads(body)
+
+    def tensors(self, index: int = -1) -> dict[str, Any]:
+        return wire.decode(self.requests[index].content)[0]
+
+
+def client(transport: Handler, **options: Any) -> Client:
+    options = {"retries": QUICK, "worker": "w"} | options
+    return Client("http://test", transport=httpx.MockTransport(transport), **options)
+
+
+def frame(scalars: dict[str, Any], **params: Any) -> httpx.Response:
+    body = b"".join(
+        wire.encode(
+            {f"param/{name}": value for name, value in params.items()},
+            {wire.META_KEY: json.dumps(scalars)},
+        )
+    )
+    return httpx.Response(200, content=body, headers={"content-type": wire.SAFETENSORS})
+
+
+def created(session_id: str = "s") -> httpx.Response:
+    return httpx.Response(201, json={"id": session_id, "generation": "g", "created": True})
+
+
+# One surface -------------------------------------------------------------------------------------
+
+
+def surface(cls: type) -> dict[str, list[tuple[str, Any, Any]]]:
+    return {
+        name: [
+            (p.name, p.kind, p.default)
+            for p in inspect.signature(member).parameters.values()
+            if p.name != "transport"
+        ]
+        for name, member in inspect.getmembers(cls, callable)
+        if not name.startswith("_") or name == "__init__"
+    }
+
+
+@pytest.mark.parametrize("one, other", [(Client, AsyncClient), (Session, AsyncSession)])
+def test_both_clients_have_the_same_methods_with_the_same_arguments(one: type, other: type) -> None:
+    assert surface(one) == surface(other)
+    assert len(surface(one)) > 10
+
+
+@pytest.mark.parametrize("cls", [Client, AsyncClient, Session, AsyncSession])
+def test_every_public_method_says_what_it_does(cls: type) -> None:
+    for name, member in inspect.getmembers(cls, inspect.isfunction):
+        if not name.startswith("_"):
+            assert member.__doc__, f"{cls.__name__}.{name}"
+
+
+def test_all_names_what_there_is() -> None:
+    assert sorted(optserve_client.__all__, key=str.lower) == optserve_client.__all__
+    assert all(hasattr(optserve_client, name) for name in optserve_client.__all__)
+
+
+# What is sent ------------------------------------------------------------------------------------
+
+
+def test_create_puts_a_frame_under_a_new_id_with_a_key() -> None:
+    net = Wire(created(), created())
+    with client(net) as c:
+        session = c.create(
+            "AdamW",
+            {"z": np.ones(2, np.float32), "a": np.zeros(1, np.float32)},
+            lr=np.float64(1e-3),
+            betas=(0.9, 0.95),
+            clip_grad_norm=1.0,
+        )
+        c.create({"name": "SGD", "lr": 1}, {"a": np.zeros(1), "z": np.zeros(1)}, id="mine")
+    first, second = net.requests
+    assert (session.id, session.created) == ("s", True)
+    assert first.method == "PUT"
+    assert first.url.path.startswith("/v1/sessions/")
+    assert first.headers["idempotency-key"] != second.headers["idempotency-key"]
+    assert net.fields(0) == {
+        "optimizer": {"name": "AdamW", "lr": 1e-3, "betas": [0.9, 0.95]},
+        "clip_grad_norm": 1.0,
+        "order": ["z", "a"],
+    }
+    assert list(net.tensors(0)) == ["param/z", "param/a"]
+    assert second.url.path == "/v1/sessions/mine"
+    assert "order" not in net.fields(1)
+
+
+def test_an_optimizer_given_twice_over_is_refused() -> None:
+    with client(Wire()) as c, pytest.raises(errors.Invalid, match=r"optimizer\.lr is given twice"):
+        c.create({"name": "SGD", "lr": 1}, {"w": np.ones(1)}, lr=2)
+
+
+def test_step_sends_dense_sparse_and_missing_gradients() -> None:
+    net = Wire(frame(STEP, w=np.ones(2, np.float32)))
+    indices, values = np.array([[0, 2]], np.int32), np.ones((2, 4), np.float32)
+    with client(net) as c:
+        result = c.session("s").step(
+            {
+                "w": np.ones(2, np.float32),
+                "emb": Sparse(indices=indices, values=values, shape=(9, 4)),
+                "b": None,
+            },
+            params={"w": np.zeros(2, np.float32)},
+            none=["c"],
+            loss=np.float32(0.5),
+            groups=[{"lr": 0.1}],
+            returns="delta",
+        )
+    sent = net.tensors()
+    assert list(sent) == ["grad/w", "sparse/emb/indices", "sparse/emb/values", "param/w"]
+    assert sent["sparse/emb/indices"].dtype == np.int64
+    assert net.fields() == {
+        "none": ["c", "b"],
+        "loss": 0.5,
+        "groups": [{"lr": 0.1}],
+        "return": "delta",
+        "worker": "w",
+        "epoch": 1,
+        "seq": 1,
+    }
+    assert net.requests[0].headers["accept"] == wire.SAFETENSORS
+    assert result.params is not None
+    np.testing.assert_array_equal(result.params["w"], np.ones(2))
+    assert (result.version, result.grad_norm, result.groups) == (1, 2.0, [{"lr": 0.1}])
+
+
+def test_a_step_that_returns_nothing_has_no_params() -> None:
+    with client(Wire(frame(STEP))) as c:
+        result = c.session("s").step({"w": np.ones(1)}, returns="none")
+    assert (result.params, result.returned) == (None, None)
+
+
+def test_a_dry_run_uses_up_no_number() -> None:
+    net = Wire(frame(STEP), frame(STEP))
+    with client(net) as c:
+        c.session("s").step({"w": np.ones(1)}, dry_run=True)
+        c.session("s").step({"w": np.ones(1)})
+    assert "seq" not in net.fields(0)
+    assert net.fields(1)["seq"] == 1
+
+
+def test_a_large_body_is_sent_in_pieces_and_arrives_whole() -> None:
+    seen: dict[str, Any] = {}
+
+    class Receiver(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            assert isinstance(request.stream, httpx.SyncByteStream)
+            chunks = list(request.stream)
+            seen.update(headers=request.headers, sizes=[len(c) for c in chunks])
+            seen["tensors"] = wire.decode(b"".join(chunks))[0]
+            return frame(STEP)
+
+    grad = np.random.default_rng(0).standard_normal(700_001)
+    with Client("http://test", transport=Receiver()) as c:
+        c.session("s").step({"w": grad})
+    np.testing.assert_array_equal(seen["tensors"]["grad/w"], grad)
+    assert max(seen["sizes"]) == 2**20
+    assert int(seen["headers"]["content-length"]) == sum(seen["sizes"])
+    assert "transfer-encoding" not in seen["headers"]
+
+
+def test_a_large_answer_is_read_into_one_writable_buffer() -> None:
+    big = np.random.default_rng(0).standard_normal(300_000)
+    whole = frame(STEP, a=big, b=big[:10]).content
+
+    class Sender(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            def chunks() -> Iterator[bytes]:
+                for at in range(0, len(whole), 65_536):
+                    yield whole[at : at + 65_536]
+
+            headers = {"content-type": wire.SAFETENSORS, "content-length": str(len(whole))}
+            return httpx.Response(200, headers=headers, content=chunks())
+
+    with Client("http://test", transport=Sender()) as c:
+        params = c.session("s").step({"a": big}).params
+    assert params is not None
+    np.testing.assert_array_equal(params["a"], big)
+    a, b = params["a"], params["b"]
+    assert isinstance(a, np.ndarray)
+    assert isinstance(b, np.ndarray)
+    assert a.base is not None
+    assert a.flags.writeable
+    assert a.ctypes.data + a.nbytes == b.ctypes.data, "two buffers"
+
+
+def test_params_come_with_an_etag_and_304_returns_the_ones_at_hand() -> None:
+    scalars = {"version": 4, "generation": "g", "weights": "ema"}
+    first = frame(scalars, w=np.ones(2))
+    first.headers["etag"] = '"g.4"'
+    net = Wire(first, httpx.Response(304))
+    with client(net) as c:
+        got = c.session("s").params("ema", names=["w", "a,b"])
+        again = c.session("s").params("ema", if_none_match=got)
+    assert again is got
+    assert net.requests[0].url.query == b"weights=ema&names=w&names=a%2Cb"
+    assert net.requests[1].headers["if-none-match"] == '"g.4"'
+    assert isinstance(got, Params)
+    assert (got.version, list(got), len(got)) == (4, ["w"], 1)
+    np.testing.assert_array_equal(got["w"], np.ones(2))
+
+
+def call_everything(session: Any) -> list[Any]:
+    params = {"w": np.ones(1)}
+    return [
+        lambda: session.put_params(params, if_match='"g.1"', abandon=True),
+        lambda: session.patch(clip_grad_norm=2.0),
+        lambda: session.patch_group(1, lr=0.5, abandon=True),
+        lambda: session.add_group(params, lr=0.5),
+        lambda: session.put_scheduler({"name": "StepLR", "step_size": 3}),
+        lambda: session.put_scheduler(None),
+        lambda: session.scheduler_step(0.5),
+        lambda: session.put_metrics(3, {"acc": 0.5}),
+        lambda: session.import_state(b"frame"),
+        lambda: session.delete(),
+    ]
+
+
+def test_every_change_carries_the_next_number_of_its_session() -> None:
+    net = Wire(*(httpx.Response(200, json={"generation": "g"}) for _ in range(10)))
+    with client(net) as c:
+        for call in call_everything(c.session("s")):
+            call()
+    ends = [(r.method, r.url.path.removeprefix("/v1/sessions/s")) for r in net.requests]
+    assert ends == [
+        ("PUT", "/params"),
+        ("PATCH", ""),
+        ("PATCH", "/groups/1"),
+        ("POST", "/groups"),
+        ("PUT", "/scheduler"),
+        ("PUT", "/scheduler"),
+        ("POST", "/scheduler/step"),
+        ("PUT", "/metrics"),
+        ("PUT", "/state"),
+        ("DELETE", ""),
+    ]
+    in_query = {4, 5, 8, 9}
+    for i, request in enumerate(net.requests):
+        if i in in_query:
+            assert request.url.params["seq"] == str(i + 1)
+            assert request.url.params["worker"] == "w"
+        else:
+            assert (net.fields(i)["seq"], net.fields(i)["worker"]) == (i + 1, "w")
+    assert net.requests[4].content == b'{"name":"StepLR","step_size":3}'
+    assert net.requests[5].content == b"null"
+    assert net.requests[8].content == b"frame"
+    assert net.requests[0].headers["if-match"] == '"g.1"'
+
+
+def test_sessions_are_numbered_apart_and_handles_of_one_session_together() -> None:
+    net = Wire(*(httpx.Response(200, json={}) for _ in range(3)))
+    with client(net) as c:
+        c.session("a").patch(name="1")
+        c.session("b").patch(name="2")
+        c.session("a").patch(name="3")
+    assert [net.fields(i)["seq"] for i in range(3)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("bad", ["", "a/b", "..", "a?x=1"])
+def test_an_id_that_would_leave_its_place_in_the_url_is_never_sent(bad: str) -> None:
+    with client(Wire()) as c:
+        with pytest.raises(errors.Invalid, match="session id"):
+            c.session(bad)
+        with pytest.raises(errors.Invalid, match="session id"):
+            c.create("SGD", {"w": np.ones(1)}, id=bad or "/")
+
+
+def test_a_name_in_a_url_is_quoted() -> None:
+    net = Wire(httpx.Response(200, json={}))
+    with client(net) as c:
+        c.optimizer("a/b?c")
+    assert net.requests[0].url.raw_path == b"/v1/optimizers/a%2Fb%3Fc"
+
+
+# What goes wrong ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raised, kind",
+    [
+        (httpx.ConnectError("no"), errors.ConnectFailed),
+        (httpx.ConnectTimeout("no"), errors.ConnectFailed),
+        (httpx.PoolTimeout("no"), errors.ConnectFailed),
+        (httpx.ReadTimeout("no"), errors.Timeout),
+        (httpx.WriteTimeout("no"), errors.Timeout),
+        (httpx.ReadError("no"), errors.TransportError),
+        (httpx.RemoteProtocolError("no"), errors.TransportError),
+    ],
+)
+def test_failures_of_the_network_are_in_our_words_with_their_cause(
+    raised: Exception, kind: type[errors.OptserveError]
+) -> None:
+    with client(Wire(raised), retries=0) as c, pytest.raises(errors.TransportError) as caught:
+        c.session("s").status()
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is raised
+    assert caught.value.detail.startswith("GET /v1/sessions/s: ")
+
+
+def test_a_lost_answer_is_asked_for_again_with_the_same_bytes() -> None:
+    net = Wire(httpx.ReadError("lost"), httpx.Response(503), frame(STEP | {"duplicate": True}))
+    with client(net) as c:
+        assert c.session("s").step({"w": np.ones(3)}).duplicate
+    bodies = {request.content for request in net.requests}
+    assert len(net.requests) == 3
+    assert len(bodies) == 1
+
+
+def test_an_answer_cut_short_is_asked_for_again() -> None:
+    class Cut(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b'{"a"'
+            raise httpx.RemoteProtocolError("peer closed connection")
+
+    cut = httpx.Response(200, headers={"content-length": "9"}, stream=Cut())
+    with client(Wire(cut, httpx.Response(200, json={"a": 1}))) as c:
+        assert c.healthz() == {"a": 1}
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "", "/v1"])
+def test_an_url_without_http_is_refused(url: str) -> None:
+    with pytest.raises(errors.Invalid, match="url must begin with http:// or https://, got"):
+        Client(url)
+
+
+def test_threads_that_share_a_client_send_the_changes_of_a_session_one_at_a_time() -> None:
+    running = threading.Semaphore(1)
+    seqs: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert running.acquire(blocking=False), "two changes at once"
+        seqs.append(json.loads(request.content)["seq"])
+        threading.Event().wait(0.002)
+        running.release()
+        return httpx.Response(200, json={})
+
+    with client(handler) as c:
+        threads = [
+            threading.Thread(target=lambda: [c.session("s").patch(name="x") for _ in range(5)])
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seqs == list(range(1, 21))
+
+
+# The one that is awaited -------------------------------------------------------------------------
+
+
+def async_client(transport: Handler) -> AsyncClient:
+    mock = httpx.MockTransport(transport)
+    return AsyncClient("http://test", transport=mock, retries=QUICK, worker="w")
+
+
+def test_the_awaited_client_sends_the_same_requests() -> None:
+    def outcomes() -> list[Any]:
+        return [created(), *(httpx.Response(200, json={"generation": "g"}) for _ in range(10))]
+
+    one, other = Wire(*outcomes()), Wire(*outcomes())
+    with client(one) as c:
+        session = c.create("SGD", {"w": np.ones(1)}, id="s", lr=0.1)
+        for call in call_everything(session):
+            call()
+
+    async def run() -> None:
+        async with async_client(other) as c:
+            session = await c.create("SGD", {"w": np.ones(1)}, id="s", lr=0.1)
+            for call in call_everything(session):
+                await call()
+
+    asyncio.run(run())
+    assert [(r.method, r.url, r.content) for r in one.requests] == [
+        (r.method, r.url, r.content) for r in other.requests
+    ]
+
+
+def test_the_awaited_client_streams_a_large_body_and_repeats_it() -> None:
+    bodies: list[bytes] = []
+
+    class Receiver(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            assert isinstance(request.stream, httpx.AsyncByteStream)
+            bodies.append(b"".join([chunk async for chunk in request.stream]))
+            if len(bodies) == 1:
+                raise httpx.ReadError("lost")
+            return frame(STEP)
+
+    grad = np.random.default_rng(0).standard_normal(300_000)
+
+    async def run() -> None:
+        async with AsyncClient("http://test", transport=Receiver(), retries=QUICK) as c:
+            await c.session("s").step({"w": grad})
+
+    asyncio.run(run())
+    assert bodies[0] == bodies[1]
+    np.testing.assert_array_equal(wire.decode(bodies[0])[0]["grad/w"], grad)
+
+
+def test_a_cancelled_step_is_settled_before_the_next_change() -> None:
+    seen: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        stuck = asyncio.Event()
+
+        class Slow(httpx.AsyncBaseTransport):
+            async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+                body = await request.aread()
+                seen.append(json.loads(body))
+                if len(seen) == 1:
+                    await stuck.wait()
+                return httpx.Response(200, json={})
+
+        async with AsyncClient("http://test", transport=Slow(), worker="w") as c:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(c.session("s").patch(name="one"), 0.05)
+            await c.session("s").patch(name="two")
+
+    asyncio.run(run())
+    assert [(fields["name"], fields["seq"]) for fields in seen] == [
+        ("one", 1),
+        ("one", 1),
+        ("two", 2),
+    ]
+
+
+def test_awaited_changes_of_a_session_go_out_one_at_a_time() -> None:
+    seqs: list[int] = []
+
+    async def run() -> None:
+        running = 0
+
+        class Counting(httpx.AsyncBaseTransport):
+            async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+                nonlocal running
+                running += 1
+                assert running == 1, "two changes at once"
+                await asyncio.sleep(0.001)
+                seqs.append(json.loads(await request.aread())["seq"])
+                running -= 1
+                return httpx.Response(200, json={})
+
+        async with AsyncClient("http://test", transport=Counting()) as c:
+            await asyncio.gather(*(c.session("s").patch(name=str(i)) for i in range(10)))
+
+    asyncio.run(run())
+    assert seqs == list(range(1, 11))
+
+
+def test_the_awaited_client_reads_a_large_answer_in_pieces() -> None:
+    whole = frame(STEP, a=np.arange(300_000.0)).content
+
+    class Sender(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            async def chunks() -> AsyncIterator[bytes]:
+                for at in range(0, len(whole), 65_536):
+                    yield whole[at : at + 65_536]
+
+            headers = {"content-type": wire.SAFETENSORS, "content-length": str(len(whole))}
+            return httpx.Response(200, headers=headers, content=chunks())
+
+    async def run() -> Any:
+        async with AsyncClient("http://test", transport=Sender()) as c:
+            return (await c.session("s").step({"a": np.ones(1)})).params
+
+    np.testing.assert_array_equal(asyncio.run(run())["a"], np.arange(300_000.0))
