@@ -73,7 +73,7 @@ class Incoming:
 
 
 def incoming_of(response: httpx.Response) -> Incoming:
-    """Return the answer that ``response`` begins, whole if a transport in memory has read it all."""
+    """Return the answer that ``response`` begins; it is whole if a transport has read it all."""
     incoming = Incoming(response.status_code, dict(response.headers))
     if response.is_stream_consumed:
         incoming.take(response.content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import orjson
@@ -25,7 +25,7 @@ from tests.integration.api_uvicorn import Wire, served
 LIMIT = 1_000_000
 
 
-async def _to_edge(request: Request, exc: Exception) -> None:
+async def _to_edge(request: Request, exc: Exception) -> NoReturn:
     raise exc
 
 

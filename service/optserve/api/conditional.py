@@ -11,4 +11,9 @@ def matches(etag: str, condition: str) -> bool:
     """Say whether ``If-None-Match: condition`` names ``etag``, by weak comparison."""
     if condition.strip() == "*":
         return True
-    return any(found[1] == etag.removeprefix("W/") for found in _TAG.finditer(condition))
+    at = 0
+    while found := _TAG.match(condition, at):
+        if found[1] == etag.removeprefix("W/"):
+            return True
+        at = found.end()
+    return False
