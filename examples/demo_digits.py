@@ -164,17 +164,15 @@ def show_curl(console: Console, url: str) -> None:
     ]
     console.print("\nThe same with curl:")
     for line in lines:
-        console.print(f"  $ {line}", highlight=False, soft_wrap=True)
+        console.print(f"  $ {line}")
         if shutil.which("curl"):
             done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
-            console.print(
-                f"    {done.stdout.strip()}", highlight=False, soft_wrap=True, markup=False
-            )
+            console.print(f"    {done.stdout.strip()}", markup=False)
 
 
 def main(url: str) -> int:
     started = float(os.environ.get("OPTSERVE_DEMO_STARTED") or time.time())
-    console = Console()
+    console = Console(soft_wrap=True)
     digits = Digits.load()
     console.print(
         f"digits: {len(digits.train_x)} scans to train on, {len(digits.test_x)} to test; "
@@ -210,7 +208,7 @@ def main(url: str) -> int:
     reached = accuracy(served, digits)
     console.print(f"test accuracy {reached:.2%} (wanted: {WANTED_ACCURACY:.0%})")
 
-    console.print(f"now the same with local torch: {torch_line}", highlight=False)
+    console.print(f"now the same with local torch: {torch_line}")
     local = train_locally(digits, torch_line, threads)
     largest = max(float(np.abs(served[name] - local[name]).max()) for name in served)
     console.print(f"largest difference between the two sets of parameters: {largest:g}")

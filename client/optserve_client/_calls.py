@@ -52,9 +52,9 @@ def _body(answer: Answer) -> memoryview:
     return answer.body
 
 
-def _step_result(answer: Answer) -> StepResult:
+def _step_result(answer: Answer, asked: str) -> StepResult:
     raw: Json = answer.scalars
-    returned = raw.get("returned", "params" if answer.params else None)
+    returned = None if asked == "none" else raw.get("returned", asked)
     return StepResult(
         id=raw["id"],
         generation=raw["generation"],
@@ -167,7 +167,11 @@ def step(
         guarded=True,
     )
     dry = fields.get("dry_run", False)
-    return Call(draft=draft, read=_step_result, changes=None if dry else session_id)
+    return Call(
+        draft=draft,
+        read=lambda answer: _step_result(answer, fields.get("return", "params")),
+        changes=None if dry else session_id,
+    )
 
 
 def params(

@@ -16,9 +16,9 @@ Json: TypeAlias = dict[str, Any]
 class Sparse:
     """A sparse COO gradient; the parameter must be declared in ``sparse`` at creation."""
 
-    #: int64, ``[dimensions, entries]``; duplicates are summed.
+    #: int64, ``[n, entries]`` for the first ``n`` dimensions; duplicates are summed.
     indices: Array
-    #: ``[entries]``, in the session's dtype.
+    #: ``[entries, *shape[n:]]``, in the session's dtype.
     values: Tensor
     #: Of the dense tensor.
     shape: tuple[int, ...]
@@ -54,7 +54,8 @@ class StepResult:
     clip_coef: float | None
     #: ``evaluate``: LBFGS wants loss and gradient at :attr:`params`, in a further step.
     need: str | None
-    #: What :attr:`params` holds; ``delta``: new minus previous; None: nothing.
+    #: What :attr:`params` holds: ``params``, or ``delta``: new minus previous. None: nothing. Look at
+    #: it after asking for a delta, because a repeated step is answered with params.
     returned: str | None
     #: Writable arrays that share one buffer, or None for ``returns="none"``.
     params: dict[str, Tensor] | None

@@ -142,7 +142,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             {name: _gradient(p) for name, p in self._parameters()},
             params=edited or None,
             groups=groups,
-            loss=None if loss is None else float(loss),
+            loss=None if loss is None else float(_plain(loss)),
             abandon=abandon,
         )
         for sent, changed in zip(self._sent, groups or [], strict=False):
@@ -293,8 +293,10 @@ def _evaluate(closure: Callable[[], float]) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """Return a hyperparameter as JSON has it."""
-    if isinstance(value, (torch.Tensor, np.generic, np.ndarray)):
+    """Return a hyperparameter or loss as JSON has it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().tolist()
+    if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]

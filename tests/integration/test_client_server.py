@@ -110,7 +110,7 @@ def test_sparse_gradients_are_those_of_torch(client: Client) -> None:
     indices, values = np.array([[5, 0, 5]]), np.ones((3, 4), np.float32)
     for _ in range(3):
         p.grad = torch.sparse_coo_tensor(
-            torch.from_numpy(indices), torch.from_numpy(values), (9, 4)
+            torch.from_numpy(indices), torch.from_numpy(values), (9, 4), check_invariants=True
         )
         local.step()
         grad = Sparse(indices=indices, values=values, shape=(9, 4))

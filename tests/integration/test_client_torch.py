@@ -75,7 +75,7 @@ IMPL = {name: {"impl": "single"} for name in HAVE_SINGLE}
     "name, hyper",
     [
         ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
-        ("Adam", {"lr": torch.tensor(0.01), "amsgrad": True}),
+        ("Adam", {"lr": 0.01, "amsgrad": True}),
         ("AdamW", {"lr": 0.01, "betas": (0.8, 0.95)}),
         ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.5}),
         ("Adagrad", {"lr": 0.1, "lr_decay": 0.01}),
@@ -233,8 +233,8 @@ def test_a_group_is_added_in_the_middle(client: Client) -> None:
 
 def test_a_group_that_the_server_refuses_is_not_added(client: Client) -> None:
     _, _, served, other = pair(client, "Adam", lambda net: [net[2].weight], lr=0.01)
-    with pytest.raises(errors.Invalid, match="lr"):
-        other.add_param_group({"params": served[0].parameters(), "lr": -1.0})
+    with pytest.raises(errors.Invalid, match="is float64"):
+        other.add_param_group({"params": torch.nn.Linear(2, 2).double().parameters()})
     assert len(other.param_groups) == 1
     train_step(served, other, 0)
 
@@ -255,7 +255,7 @@ def test_a_closure_gives_the_loss(client: Client) -> None:
         ours, theirs = other.step(closure(served, other, i)), one.step(closure(local, one, i))
         assert ours == theirs
         same(local, served)
-    assert other.session.history()[-1]["loss"] == float(theirs)
+    assert other.session.history()[-1]["loss"] == float(theirs.detach())
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
@@ -335,6 +335,7 @@ def test_parameters_without_a_gradient_are_left_alone(client: Client) -> None:
         same(local, served)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("name, sparse", [("SparseAdam", None), ("SGD", ["0"]), ("Adagrad", ["0"])])
 def test_sparse_gradients_of_an_embedding(
     client: Client, name: str, sparse: list[str] | None
@@ -353,6 +354,8 @@ def test_sparse_gradients_of_an_embedding(
         for net, optimizer in ((local, one), (served, other)):
             optimizer.zero_grad()
             net(torch.tensor([i, 3, 3, 10])).square().sum().backward()
+            assert net.weight.grad is not None
+            net.weight.grad = net.weight.grad.coalesce()  # the server sums duplicates first
             optimizer.step()
         same(local, served)
 
@@ -490,7 +493,7 @@ def test_it_cannot_be_pickled(client: Client) -> None:
     "name, hyper, sentence",
     [
         ("Adamm", {}, "Adam"),
-        ("AdamW", {"lr": -1.0}, "lr"),
+        ("AdamW", {"lr": -1.0}, r"-1\.0"),
         ("AdamW", {"learning_rate": 1.0}, "learning_rate"),
         ("AdamW", {"fused": True}, "impl"),
     ],
@@ -522,6 +525,11 @@ def test_without_torch_the_import_says_what_to_install(tmp_path: Path) -> None:
     assert done.stdout.strip().endswith("pip install 'optserve-client[torch]'"), done.stderr
 
 
-def test_numpy_hyperparameters_are_numbers(client: Client) -> None:
-    remote = RemoteOptimizer(model().parameters(), "SGD", lr=np.float64(0.5), client=client)
-    assert remote.param_groups[0]["lr"] == 0.5
+@pytest.mark.parametrize("lr", [np.float64(0.5), torch.tensor(0.5), 0.5])
+def test_hyperparameters_of_any_kind_of_number_are_sent(client: Client, lr: Any) -> None:
+    net = model()
+    remote = RemoteOptimizer(net.parameters(), "SGD", lr=lr, client=client)
+    remote.param_groups[0]["momentum"] = lr
+    train_step(net, remote, 0)
+    [group] = remote.session.status()["groups"]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.5)
