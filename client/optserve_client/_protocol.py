@@ -76,35 +76,41 @@ class Trail:
 def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
     """Send ``request`` until there is an answer to keep; raise the last failure if there is none.
 
-    ConnectFailed is raised only if no attempt reached the server: then nothing was done.
+    ConnectFailed and a RequestError mean that no attempt did anything: where an earlier one may
+    have, it is a plain TransportError.
     """
     give_up = retry.clock() + retry.total_s
     for attempt in count():
-        before, trail.maybe_done = trail.maybe_done, True
-        after_s = 0.0
+        before, trail.maybe_done = trail.maybe_done, request.method != "GET"
         failure: errors.OptserveError
+        again, after_s = True, 0.0
         try:
             answer = yield Send(request)
         except errors.ConnectFailed as exc:
-            trail.maybe_done, failure = before, exc
-            if before:
-                failure = errors.TransportError(f"{exc.detail}; an earlier attempt may have worked")
+            trail.maybe_done = before
+            failure = _doubted(exc) if before else exc
         except errors.TransportError as exc:
             failure = exc
         else:
             assert answer is not None
-            if answer.status in _AT_THE_DOOR:
-                trail.maybe_done = before
-            elif answer.status < 500:
-                trail.maybe_done = False
-            if answer.status not in _AGAIN:
+            again, after_s = answer.status in _AGAIN, answer.retry_after_s()
+            turned_away = answer.status in _AT_THE_DOOR
+            if turned_away or answer.status < 500:
+                trail.maybe_done = before and turned_away
+            if not again and not trail.maybe_done:
                 return replace(answer, doubtful=before)
-            failure, after_s = answer.error(), answer.retry_after_s()
+            failure = answer.error()
+            if turned_away and before:
+                failure = _doubted(failure)
         pause_s = retry.pause_s(attempt, after_s)
-        if attempt >= retry.retries or retry.clock() + pause_s > give_up:
+        if not again or attempt >= retry.retries or retry.clock() + pause_s > give_up:
             raise failure
         yield Sleep(pause_s)
     raise AssertionError("count() ended")
+
+
+def _doubted(failure: errors.OptserveError) -> errors.TransportError:
+    return errors.TransportError(f"{failure.detail}; an earlier attempt may have worked")
 
 
 @dataclass(slots=True)
@@ -147,9 +153,7 @@ def change(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
     request = lane.stamped(draft)
     earlier = lane.unsettled
     if earlier is not None and not request.same_as(earlier):
-        answer = yield from _settle(lane, earlier, retry)
-        if lane.unsettled is not None:  # turned away at the door: still nobody knows
-            raise answer.error()
+        yield from _settle(lane, earlier, retry)
         request = lane.stamped(draft)
     return (yield from _settle(lane, request, retry))
 

@@ -54,8 +54,8 @@ class StepResult:
     clip_coef: float | None
     #: ``evaluate``: LBFGS wants loss and gradient at :attr:`params`, in a further step.
     need: str | None
-    #: What :attr:`params` holds: ``params``, or ``delta``: new minus previous. None: nothing. Look at
-    #: it after asking for a delta, because a repeated step is answered with params.
+    #: What :attr:`params` holds: ``params``, or ``delta``: new minus previous; None: nothing. Look
+    #: at it after asking for a delta, because a repeated step is answered with params.
     returned: str | None
     #: Writable arrays that share one buffer, or None for ``returns="none"``.
     params: dict[str, Tensor] | None

@@ -51,8 +51,8 @@ class Client:
             url: Of the server.
             timeout: Seconds to wait for a connection, and for each part of an answer.
             retries: How often a request that failed is sent again, or all about it.
-            worker: Who sends; by default a random name, so that programs never mix up their seqs.
-                A program that names its worker itself needs a higher ``epoch`` at each start.
+            worker: Who sends; by default a random name, so that a program that starts again never
+                meets its own old numbers. One that names its worker does: see Session.resume.
             epoch: Of that worker.
             headers: Sent with every request.
             transport: An httpx transport, for example to a Unix domain socket.

@@ -271,7 +271,7 @@ def tree(root: type[OptserveError] = OptserveError) -> Iterator[type[OptserveErr
 
 
 def from_problem(status: int, problem: dict[str, Any]) -> OptserveError:
-    """Return the error that ``problem`` (an RFC 9457 document, answered with ``status``) stands for."""
+    """Return the error that ``problem``, an RFC 9457 document with ``status``, stands for."""
     extra = {
         k: v for k, v in problem.items() if k not in {"type", "title", "status", "code", "detail"}
     }

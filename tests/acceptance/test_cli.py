@@ -89,6 +89,16 @@ def test_the_ready_line_comes_when_the_server_is_ready(server: ServerProcess) ->
     assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
+def test_the_serve_script_passes_its_flags_on() -> None:
+    command = [ROOT / "scripts" / "serve", "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.terminate()
+        assert process.wait(20) == 0
+    assert ", 1 threads, store: memory)" in line
+
+
 def test_requests_are_not_logged_at_info_and_nothing_else_is_said() -> None:
     with ServerProcess() as server:
         assert httpx.get(f"{server.url}/v1/sessions").status_code == 200

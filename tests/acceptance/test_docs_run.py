@@ -86,6 +86,32 @@ def test_the_examples_run_and_print_what_the_text_shows(
             assert pattern(block.text).fullmatch(got), f"{name}:{block.line}: printed\n{printed}"
 
 
+def test_the_comparison_of_optimizers_reaches_the_valley_floor(server: ServerProcess) -> None:
+    command = [sys.executable, "-W", "error", ROOT / "examples" / "compare_optimizers.py"]
+    done = subprocess.run(
+        [*command, server.url], capture_output=True, text=True, timeout=60, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) .* f = ([\d.]+) at ", done.stdout, re.MULTILINE)
+    assert [name for name, _ in rows] == ["SGD", "Momentum", "Adagrad", "Adam"]
+    assert all(float(value) < 0.1 for _, value in rows)
+
+
+def test_the_training_run_in_curl_trains(server: ServerProcess) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not on this machine")
+    done = subprocess.run(
+        [ROOT / "examples" / "curl.sh", server.url], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    reached = re.fullmatch(r"w = (\S+) after 20 steps", lines[0])
+    assert reached is not None
+    assert abs(float(reached[1])) < 1
+    assert lines[1].startswith("version,")
+    assert len(lines) == 22
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_document_has_examples_to_run(name: str) -> None:
     assert sum(block.kind == "run" for block in blocks(ROOT / name)) >= 2

@@ -36,8 +36,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 #: What a class needs beyond its defaults, or what makes it do something within 30 steps.
 HYPER: dict[str, dict[str, Any]] = {
-    "Muon": {"weight_decay": 0.1},
     "SGD": {"momentum": 0.9},
+    "Ranger21": {"num_iterations": 30},
+    "Lookahead": {"optimizer": {"name": "AdamW", "lr": LR}, "k": 3},
 }
 
 
@@ -67,9 +68,10 @@ def cells() -> Iterator[Cell]:
 
 def body(cell: Cell) -> dict[str, Any]:
     """Return the create body of a cell."""
-    entry = catalogue.find(cell.name)
+    entry, more = catalogue.find(cell.name), HYPER.get(cell.name, {})
+    wraps = "optimizer" in more
     fields: dict[str, Any] = {
-        "optimizer": {"name": cell.name, "lr": LR, **HYPER.get(cell.name, {})},
+        "optimizer": {"name": cell.name, **({} if wraps else {"lr": LR}), **more},
         "impl": cell.impl,
         "scheduler": {"name": "StepLR", "step_size": 4, "gamma": 0.7, "advance": "step"},
         **MODES[cell.mode],
@@ -85,7 +87,9 @@ def body(cell: Cell) -> dict[str, Any]:
 
 def resolve(source: str) -> Any:
     """Return the class that ``torch.optim.AdamW`` names; ours stand for the library's."""
-    module, _, name = source.replace("optserve.", "pytorch_optimizer.").rpartition(".")
+    module, _, name = source.rpartition(".")
+    if module.startswith("optserve."):
+        module = "pytorch_optimizer"
     return getattr(importlib.import_module(module), name)
 
 
@@ -113,7 +117,14 @@ class Local:
             ]
             groups = [group for group in groups if group["params"]]
         flag = {} if entry.impls == ("single",) else flags.get(impl, {})
-        self.optimizer = resolve(entry.source)(groups, **hyper, **fixed(entry), **flag)
+        hyper = {**entry.defaults, **hyper, **entry.fixed, **flag}
+        if inner := hyper.pop("optimizer", None):
+            groups = [torch.optim.AdamW(groups, lr=inner["lr"])]
+            self.optimizer = resolve(entry.source)(*groups, **hyper)
+        else:
+            self.optimizer = resolve(entry.source)(groups, **hyper)
+        if entry.eval_weights:
+            self.optimizer.train()
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 4, 0.7)
         self.sums: dict[str, Any] = {}
         self.count = 0
@@ -131,8 +142,3 @@ class Local:
             torch.nn.utils.clip_grad_norm_(self.leaves.values(), self.clip)
         self.optimizer.step()
         self.scheduler.step()
-
-
-def fixed(entry: catalogue.Entry) -> dict[str, Any]:
-    """Return what an alias stands for: Nesterov is SGD with nesterov=True."""
-    return dict(getattr(entry, "fixed", {}))

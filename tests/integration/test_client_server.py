@@ -234,7 +234,7 @@ def test_a_schedule_is_previewed_without_a_session(client: Client) -> None:
     preview = client.preview_scheduler(
         {"name": "ExponentialLR", "gamma": 0.5}, {"name": "SGD", "lr": 1.0}, steps=3
     )
-    assert [row[0]["lr"] for row in preview["rows"]] == [1.0, 0.5, 0.25]
+    assert [row[0]["lr"] for row in preview["steps"]] == [1.0, 0.5, 0.25]
 
 
 def test_a_fork_goes_its_own_way(client: Client) -> None:
@@ -418,6 +418,33 @@ def test_a_step_whose_answer_never_came_is_applied_once_if_it_is_called_again(
             assert result.applied_version == i
         local.check(params_of(result))
     assert failures > 5
+
+
+def rosenbrock(w: Any) -> tuple[float, Any]:
+    p = torch.from_numpy(w.copy()).requires_grad_()
+    loss = 100 * (p[1] - p[0] ** 2) ** 2 + (1 - p[0]) ** 2
+    loss.backward()
+    assert p.grad is not None
+    return float(loss.detach()), p.grad.numpy()
+
+
+def test_lbfgs_evaluates_at_the_right_params_even_if_answers_are_lost(
+    server: ServerProcess,
+) -> None:
+    def train(client: Client) -> Any:
+        w: Any = np.array([-1.2, 1.0])
+        session = client.create("LBFGS", {"w": w}, lr=1, line_search_fn="strong_wolfe", max_iter=5)
+        for _ in range(40):
+            loss, grad = rosenbrock(w)
+            w = params_of(session.step({"w": grad}, loss=loss))["w"]
+        return w
+
+    quick = Retry(retries=40, first_s=0.0, longest_s=0.0)
+    with (
+        Client(server.url) as good,
+        Client(server.url, transport=Lossy(seed=3, share=0.4), retries=quick) as bad,
+    ):
+        np.testing.assert_array_equal(train(good), train(bad))
 
 
 def persistent(call: Any) -> Session:

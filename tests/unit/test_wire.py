@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -42,6 +42,7 @@ def facts(t: wire.Tensor) -> tuple[str, tuple[int, ...], bytes]:
     return wire.dtype_of(t), t.shape, bytes(wire.as_bytes(t))
 
 
+@settings(deadline=None)
 @given(FRAMES, METADATA)
 @example({}, {})
 def test_the_safetensors_package_reads_what_we_write(
@@ -55,6 +56,7 @@ def test_the_safetensors_package_reads_what_we_write(
     assert theirs == {name: facts(t) for name, t in named.items()}
 
 
+@settings(deadline=None)
 @given(FRAMES, METADATA)
 @example({}, {})
 def test_we_read_what_the_safetensors_package_writes(
@@ -76,6 +78,7 @@ def test_we_read_what_the_safetensors_package_writes(
     assert meta == metadata
 
 
+@settings(deadline=None)
 @given(FRAMES, METADATA)
 def test_a_frame_comes_back_as_it_went_in_the_same_order(
     named: dict[str, wire.Tensor], metadata: dict[str, str]
@@ -100,6 +103,7 @@ def check_read_or_refused(frame: bytes) -> None:
         assert {n: facts(t) for n, t in again.items()} == {n: facts(t) for n, t in named.items()}
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 @example(b"\x02" + bytes(7) + b"{}")
 def test_random_bytes_are_read_or_refused_as_malformed(junk: bytes) -> None:
@@ -108,6 +112,7 @@ def test_random_bytes_are_read_or_refused_as_malformed(junk: bytes) -> None:
         check_read_or_refused(frame)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_frame_is_read_or_refused_as_malformed(data: st.DataObject) -> None:
     frame = bytearray(b"".join(wire.encode({"a": np.zeros((2, 3)), "b": np.zeros(1)}, {"k": "v"})))

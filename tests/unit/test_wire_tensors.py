@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -26,6 +26,7 @@ def bits_of(t: torch.Tensor) -> Any:
     return t.view(torch.int16).numpy().view(np.uint16)
 
 
+@settings(deadline=None)
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=0), elements=st.floats(width=32)))
 def test_bfloat16_rounds_as_torch_does(a: Any) -> None:
     ours = wire.Bits.bfloat16(a)
@@ -212,6 +213,7 @@ def test_an_unusable_tensor_is_refused_by_name(
     assert len(caught.value.detail) < 400
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(
         st.sampled_from([np.float16, np.float32, np.float64]),

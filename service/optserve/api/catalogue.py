@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import cache
+
 from starlette.responses import Response
 
 from optserve.api.openapi import operation
-from optserve.api.replies import json_response
+from optserve.api.replies import JSON, dump, json_response
 from optserve.api.routing import JsonMedia, router
 from optserve.optim import catalogue, schedule_catalogue
 from optserve_client.errors import Invalid, NotFound
@@ -16,8 +19,13 @@ routes = router("catalogue")
 @routes.get("/v1/optimizers", **operation("List the optimizers", reply="Optimizers"))
 async def list_optimizers(media: JsonMedia) -> Response:
     """All of them, with a JSON Schema of every hyperparameter."""
-    entries = [catalogue.describe(entry) for entry in catalogue.entries()]
-    return json_response({"optimizers": entries})
+    return Response(await asyncio.to_thread(_all_optimizers), media_type=JSON)
+
+
+@cache
+def _all_optimizers() -> bytes:
+    """Return the text once and for all: it takes the import of a large library to write it."""
+    return dump({"optimizers": [catalogue.describe(entry) for entry in catalogue.entries()]})
 
 
 @routes.get(
@@ -30,7 +38,7 @@ async def get_optimizer(name: str, media: JsonMedia) -> Response:
         entry = catalogue.find(name)
     except Invalid as exc:
         raise NotFound(exc.detail) from exc
-    return json_response(catalogue.describe(entry))
+    return json_response(await asyncio.to_thread(catalogue.describe, entry))
 
 
 @routes.get("/v1/schedulers", **operation("List the schedulers", reply="Schedulers"))

@@ -147,10 +147,8 @@ def hyperparameters(body: PreviewBody) -> list[dict[str, Any]]:
     if not isinstance(name, str):
         raise Invalid("optimizer.name is missing; GET /v1/optimizers lists the names")
     entry = catalogue.find(name)
-    hyper = {
-        **{key: one.default for key, one in entry.hyperparameters.items()},
-        **entry.normalise(given, "optimizer"),
-    }
+    defaults = {key: one.default for key, one in entry.hyperparameters.items() if not one.required}
+    hyper = {**defaults, **entry.fixed, **entry.normalise(given, "optimizer")}
     overrides = [{}] if body.groups is None else body.groups
     return [
         {**hyper, **entry.normalise_group(group, f"groups[{i}]")}

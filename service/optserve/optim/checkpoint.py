@@ -40,6 +40,7 @@ def dump(engine: Engine) -> tuple[dict[str, Any], dict[str, wire.Tensor]]:
             name: flatten(catalogue.read_state(engine.optimizer, p), f"state/{name}", tensors)[0]
             for name, p in engine.parameters.items()
         },
+        "extra": flatten(catalogue.read_extra(engine.optimizer), "extra", tensors)[0],
         "scheduler": engine.scheduler.state() if engine.scheduler else None,
     }
     if engine.ema is not None:
@@ -72,6 +73,7 @@ def load(
     device = recipe.device
     found = {name: from_wire(tensor) for name, tensor in tensors.items()}
     engine = Engine(recipe, layout, {n: tensors[f"param/{n}"] for n in layout.names})
+    catalogue.write_extra(engine.optimizer, unflatten(meta["extra"], found, device))
     for name, saved in meta["state"].items():
         state = unflatten(saved, found, device)
         catalogue.write_state(engine.optimizer, engine.parameters[name], state)

@@ -178,7 +178,8 @@ class Session:
     ) -> Reply:
         if step.fields.return_ == "none":
             return Reply(scalars=scalars)
-        if scalars.get("need") and not scalars["duplicate"]:
+        search = state.engine.line_search
+        if scalars.get("need") and search is not None and search.open:  # a repeat needs them too
             return _reply(step, scalars, publish(state, "trial"), "params")
         current = self._publish(state, "live")
         if before is not None and scalars["applied_version"] is not None:
