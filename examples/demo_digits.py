@@ -167,12 +167,12 @@ def show_curl(console: Console, url: str) -> None:
         console.print(f"  $ {line}")
         if shutil.which("curl"):
             done = subprocess.run(line, shell=True, capture_output=True, text=True, check=True)
-            console.print(f"    {done.stdout.strip()}", markup=False)
+            console.print(f"    {done.stdout.strip()}")
 
 
 def main(url: str) -> int:
     started = float(os.environ.get("OPTSERVE_DEMO_STARTED") or time.time())
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     digits = Digits.load()
     console.print(
         f"digits: {len(digits.train_x)} scans to train on, {len(digits.test_x)} to test; "
@@ -182,19 +182,20 @@ def main(url: str) -> int:
         TextColumn("training through the server"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[lr]:.6f}"),
+        TextColumn("{task.fields[status]}"),
         console=console,
         disable=not console.is_terminal,
     )
     with Client(url) as client, progress:
-        task = progress.add_task("", total=digits.steps, loss=float("nan"), lr=LR)
+        task = progress.add_task("", total=digits.steps, status="")
 
         def report(number: int, loss: float, lr: float) -> None:
             if number == 1:
                 console.print(f"first step {time.time() - started:.1f} s after the start")
-            progress.update(task, completed=number, loss=loss, lr=lr)
+            status = f"loss {loss:.4f}  lr {lr:.6f}"
+            progress.update(task, completed=number, status=status)
             if not console.is_terminal and number % (digits.steps // 10) == 0:
-                console.print(f"step {number}/{digits.steps}  loss {loss:.4f}  lr {lr:.6f}")
+                console.print(f"step {number}/{digits.steps}  {status}")
 
         before = time.perf_counter()
         served, session_id, torch_line = train_served(client, digits, report)

@@ -197,7 +197,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             raise ValueError(f"the state_dict has other parameters: {odd[0]!r} is not in both")
         self.session.import_state(frame, abandon=True)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._sent = [self._hyper(group) for group in self.session.status()["groups"]]
+        groups = zip(self.param_groups, self.session.status()["groups"], strict=True)
+        self._sent = [self._hyper(here) | self._hyper(there) for here, there in groups]
         self._searching = False
         self._seen = dict(values) if self._by_content else {}
 
@@ -227,9 +228,10 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _adopt_groups(self, groups: list[Json]) -> None:
         """Take over the hyperparameters that the server has."""
-        self._sent = [self._hyper(group) for group in groups]
-        for group, sent in zip(self.param_groups, self._sent, strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in sent.items()})
+        for group, there in zip(self.param_groups, groups, strict=True):
+            hyper = self._hyper(there).items()
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in hyper})
+        self._sent = [self._hyper(group) for group in self.param_groups]
 
     def _changed_groups(self) -> list[Json] | None:
         """Return what was changed in ``param_groups`` since the server last heard of it."""

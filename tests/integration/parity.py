@@ -100,7 +100,11 @@ class Local:
         fields, entry = body(cell), catalogue.find(cell.name)
         self.leaves = local.leaves(params)
         hyper = {k: v for k, v in fields["optimizer"].items() if k != "name"}
-        flags = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single": {"foreach": False}}
+        flags = {
+            "fused": {"fused": True},
+            "foreach": {"foreach": True},
+            "single": {"foreach": False},
+        }
         self.accumulate = fields.get("accumulate", 1)
         self.clip = fields.get("clip_grad_norm")
         names: list[Any] = [["w.big", "w.tall"], ["vec"], ["scalar", "empty"]]

@@ -107,9 +107,7 @@ def test_a_refusal_is_a_problem_document(wire: Wire) -> None:
     }
 
 
-def test_an_unexpected_exception_is_500_and_tells_nothing(
-    wire: Wire, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unexpected_exception_is_500_and_tells_nothing(wire: Wire) -> None:
     status, headers, body = wire.request("GET /crash HTTP/1.1")
     assert (status, headers["content-type"]) == (500, "application/problem+json")
     assert problem(body)["code"] == "internal"

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from optserve.api import replies
-from optserve.api.conditional import matches
-from optserve.api.replies import JSON, dump, finite, json_tensors, negotiate, tensor_frame
+from optserve.api import replies, waiting
+from optserve.api.negotiation import matches, negotiate
+from optserve.api.replies import JSON, dump, finite, json_tensors, tensor_frame
 from optserve.optim.layout import Layout
 from optserve.sessions.published import Published
 from optserve_client import wire
@@ -174,7 +174,7 @@ def test_a_large_frame_is_sent_in_pieces_of_its_own_memory() -> None:
 
 def test_small_work_stays_on_the_loop_and_large_work_leaves_it() -> None:
     async def where(nbytes: int) -> bool:
-        return await replies.off_loop(nbytes, threading.current_thread) is threading.main_thread()
+        return await waiting.off_loop(nbytes, threading.current_thread) is threading.main_thread()
 
-    assert asyncio.run(where(replies.OFF_LOOP_BYTES))
-    assert not asyncio.run(where(replies.OFF_LOOP_BYTES + 1))
+    assert asyncio.run(where(waiting.OFF_LOOP_BYTES))
+    assert not asyncio.run(where(waiting.OFF_LOOP_BYTES + 1))

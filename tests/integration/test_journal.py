@@ -75,7 +75,9 @@ def _drive(session: Session, names: list[str]) -> None:
             assert exported(session) == before, f"{name} was refused and left a trace"
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1, max_size=12),
     st.sampled_from(["manual", "step"]),

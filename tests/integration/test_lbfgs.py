@@ -89,7 +89,9 @@ def test_steps_are_bit_equal_to_torchs_lbfgs_with_a_closure(
 
 def test_trial_params_are_never_what_get_shows(made: Registry) -> None:
     start = local.arrays(4, SHAPES, "f8")
-    session = create(made, {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}, start)
+    session = create(
+        made, {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}, start
+    )
     value, grads = evaluate(rosenbrock, start)
     trial = params_of(step(session, grads, loss=value))
     assert any(not np.array_equal(trial[n], start[n]) for n in start)
@@ -116,7 +118,9 @@ def test_a_search_in_progress_comes_back_from_the_journal_and_from_a_state_file(
 
 def test_other_changes_need_abandon_while_a_search_is_open(made: Registry) -> None:
     start = local.arrays(4, SHAPES, "f8")
-    session = create(made, {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}, start)
+    session = create(
+        made, {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}, start
+    )
     value, grads = evaluate(rosenbrock, start)
     step(session, grads, loss=value)
     before = exported(session)
@@ -134,7 +138,9 @@ def test_other_changes_need_abandon_while_a_search_is_open(made: Registry) -> No
 
 def test_abandon_in_a_step_starts_the_search_again_from_the_live_params(made: Registry) -> None:
     start = local.arrays(4, SHAPES, "f8")
-    session = create(made, {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}, start)
+    session = create(
+        made, {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}, start
+    )
     value, grads = evaluate(rosenbrock, start)
     first = params_of(step(session, grads, loss=value))
     step(session, grads, loss=value + 1)

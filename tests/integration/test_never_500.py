@@ -82,7 +82,7 @@ class Target:
 
     def _states(self, name: str) -> tuple[int, Any]:
         status, body = self.talk.ask("GET", self.url(name))
-        return status, json.loads(body).get("changed")
+        return status, json.loads(body).get("updated_at")
 
     def check(self, sent: Sent) -> None:
         """Send a request; neither it nor any that follows it may be answered with 500."""

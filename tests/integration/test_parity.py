@@ -23,6 +23,7 @@ from tests.conftest import LONG
 from tests.integration.parity import SHAPES, STEPS, Cell, Local, Shapes, body, cells
 from tests.serving import ServerProcess
 
+
 def encoding(i: int) -> str:
     """Return how step ``i`` travels; lists, the slow ones, are every tenth."""
     return "list" if i % 10 == 5 else ("binary", "base64")[i % 2]
@@ -97,6 +98,7 @@ def refusal(cell: Cell, shapes: Shapes) -> str | None:
     return None
 
 
+@pytest.mark.filterwarnings("ignore:std:UserWarning")  # of a class that takes it of one element
 @pytest.mark.parametrize("cell", chosen(), ids=lambda cell: cell.id)
 def test_served_params_are_bit_equal_to_local_ones(cell: Cell, http: httpx.Client) -> None:
     for label, shapes in SHAPES.items():
@@ -104,7 +106,9 @@ def test_served_params_are_bit_equal_to_local_ones(cell: Cell, http: httpx.Clien
         fields = {**body(cell), "order": list(shapes)}
         request = encoded(fields, params, "params", "binary")
         path = f"/v1/sessions/{cell.id}-{label.replace(' ', '-')}"
-        answer = http.put(path, content=request["content"], headers={"content-type": wire.SAFETENSORS})
+        answer = http.put(
+            path, content=request["content"], headers={"content-type": wire.SAFETENSORS}
+        )
         sentence = refusal(cell, shapes)
         if sentence is None:
             break

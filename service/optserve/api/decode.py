@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from optserve.api.bodies import Body, Kind, body_kind, settings_of
 from optserve.api.json_text import loads, loads_object
-from optserve.api.replies import off_loop
+from optserve.api.waiting import off_loop
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import MAX_INT, shown, unknown
 from optserve.sessions.ledger import KEY_LENGTH, Identity, check_identity
@@ -124,10 +124,10 @@ class Incoming:
             raise Invalid(f"{name} must be true or false, got {shown(value)}", field=name)
         return value
 
-    def check_empty(self) -> None:
-        """Refuse fields that nobody took."""
+    def check_empty(self, *known: str) -> None:
+        """Refuse fields that nobody took; ``known`` are those that there are."""
         for name in self.fields:
-            raise Invalid(unknown(name, ("params", "abandon")), field=name)
+            raise Invalid(unknown(name, known), field=name)
 
     async def take_params(
         self, dtype: str | None = None, layout: Layout | None = None
@@ -179,7 +179,7 @@ async def read_request(
 ) -> Incoming:
     """Read and decode the body. ``what`` names the route for the digest.
 
-    ``needs``: ``"an object"``; ``"a value"`` for any JSON; None if the body may be missing.
+    ``needs``: ``"an object"``; ``"a value"`` for any JSON; None if an object may be missing.
     """
     kind = body_kind(request, accepted)
     raw: bytes | bytearray = b""
@@ -188,7 +188,7 @@ async def read_request(
         limit = settings.max_json_bytes if kind == "json" else settings.max_body_bytes
         raw = await Body(request, limit).read()
     elif needs is not None:
-        raise Malformed(f"the body is empty, expected {needs} as {' or '.join(accepted)}")
+        raise Malformed(f"the body is empty, expected {needs}")
     return await off_loop(len(raw), _decode, request, claim, what, raw, kind, needs)
 
 

@@ -96,7 +96,7 @@ async def get_docs_start() -> Response:
 async def get_docs_asset(asset: str, request: Request) -> Response:
     """Return one file of Swagger UI."""
     if asset not in _ASSET_TYPES:
-        raise NotFound(f"there is nothing at {request.scope['path']!r}")
+        raise NotFound(f"there is nothing at {request.scope['path']!r:.200}")
     headers = {**_HEADERS, "cache-control": "public, max-age=3600"}
     return FileResponse(asset_path(asset), headers=headers, media_type=_ASSET_TYPES[asset])
 

@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from optserve.api.decode import Claim, read_request
 from optserve.api.openapi import BINARY, operation
-from optserve.api.replies import done, encode_reply
+from optserve.api.replies import encode_reply
 from optserve.api.routing import Media, SessionId, router, session_of
+from optserve.api.waiting import done
 from optserve.sessions.operations import AddGroup, PatchGroup
 from optserve_client.errors import (
     Conflict,

@@ -12,9 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from optserve.api.decode import Claim, read_request
+from optserve.api.negotiation import negotiate
 from optserve.api.openapi import operation
-from optserve.api.replies import JSON, done, dump, encode_reply, finite, json_response, negotiate
+from optserve.api.replies import JSON, dump, encode_reply, finite, json_response
 from optserve.api.routing import Media, SessionId, router, session_of
+from optserve.api.waiting import done
 from optserve.sessions.fields import Fields, Metrics
 from optserve.sessions.operations import PutMetrics
 from optserve_client.errors import Conflict, SessionNotFound

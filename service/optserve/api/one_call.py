@@ -13,8 +13,8 @@ from starlette.requests import Request
 from optserve.api.bodies import Body, body_kind, settings_of
 from optserve.api.decode import digest_of, frame_fields, params_of_frame, tensors_from_json
 from optserve.api.json_text import loads_object
-from optserve.api.replies import done, off_loop
 from optserve.api.routing import TENANT, registry_of
+from optserve.api.waiting import done, off_loop
 from optserve.sessions import config as configs
 from optserve.sessions.fields import StepFields
 from optserve.sessions.ledger import Identity

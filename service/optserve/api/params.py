@@ -8,11 +8,12 @@ from fastapi import Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from optserve.api.conditional import matches
 from optserve.api.decode import Claim, read_request
+from optserve.api.negotiation import matches
 from optserve.api.openapi import BINARY, operation
-from optserve.api.replies import Encoding, done, encode_params, encode_reply
+from optserve.api.replies import Encoding, encode_params, encode_reply
 from optserve.api.routing import Media, SessionId, router, session_of
+from optserve.api.waiting import done
 from optserve.optim.layout import Layout
 from optserve.sessions.operations import SetParams
 from optserve_client import wire
@@ -109,7 +110,7 @@ async def put_params(
     incoming = await read_request(request, claim, "params", ("json", "safetensors"))
     params = await incoming.take_params(session.layout.dtype, session.layout)
     abandon = incoming.take_flag("abandon")
-    incoming.check_empty()
+    incoming.check_empty("params", "abandon")
     change = SetParams(params=params or {})
     reply = session.change(change, incoming.identity, if_match=if_match, abandon=abandon)
     return await encode_reply(media, await done(reply))

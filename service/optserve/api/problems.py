@@ -72,7 +72,7 @@ def _invalid(exc: RequestValidationError) -> errors.Invalid:
 
 def _from_status(scope: Scope, exc: HTTPException) -> errors.OptserveError:
     if exc.status_code == 404:
-        return errors.NotFound(f"there is nothing at {scope['path']!r}")
+        return errors.NotFound(f"there is nothing at {scope['path']!r:.200}")
     if exc.status_code == 405:
         allow = allowed_methods(scope)
         return errors.MethodNotAllowed(

@@ -1,79 +1,27 @@
-"""Answers as bytes: which media type, JSON that loses no value, binary without a copy."""
+"""Answers as bytes: JSON that loses no value, binary without a copy."""
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, Literal, ParamSpec, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from optserve.api.waiting import off_loop
 from optserve.sessions.published import Published
 from optserve.sessions.reply import Reply
 from optserve_client import wire
-from optserve_client.errors import NotAcceptable
 from optserve_client.wire import META_KEY, SAFETENSORS
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 JSON = "application/json"
 Encoding = Literal["list", "base64"]
-#: What is smaller than this is parsed or encoded on the event loop; a thread costs more.
-OFF_LOOP_BYTES = 64 * 1024
 #: Of one write to the socket.
 CHUNK_BYTES = 256 * 1024
 _DUMP = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
-
-
-async def off_loop(nbytes: int, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call ``fn``, in a thread if it has so much to do that other requests would notice."""
-    if nbytes <= OFF_LOOP_BYTES:
-        return fn(*args, **kwargs)
-    return await asyncio.to_thread(fn, *args, **kwargs)
-
-
-async def done(future: Future[T]) -> T:
-    """Wait for a job of a session. Who stops waiting does not cancel it: it was received whole."""
-    return await asyncio.shield(asyncio.wrap_future(future))
-
-
-def negotiate(accept: str | None, offers: Sequence[str]) -> str:
-    """Return the media type of ``offers`` that ``accept`` likes best; the first of equals."""
-    if accept is None or accept == "*/*":
-        return offers[0]
-    ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
-    best = max(offers, key=lambda offer: _quality(offer, ranges))
-    if _quality(best, ranges) <= 0:
-        raise NotAcceptable(f"Accept must allow {' or '.join(offers)}, got {accept[:120]!r}")
-    return best
-
-
-def _media_range(part: str) -> tuple[str, float]:
-    media, *parameters = part.split(";")
-    quality = 1.0
-    for parameter in parameters:
-        name, _, value = parameter.partition("=")
-        if name.strip().lower() == "q":
-            try:
-                quality = float(value)
-            except ValueError:
-                quality = 0.0
-    return media.strip().lower(), quality
-
-
-def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
-    """Return q of the most specific range that covers ``offer``."""
-    for pattern in (offer, f"{offer.partition('/')[0]}/*", "*/*"):
-        found = [quality for media, quality in ranges if media == pattern]
-        if found:
-            return max(found)
-    return 0.0
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -81,7 +29,7 @@ def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
 
 def finite(value: Any) -> Any:
     """Return ``value`` with NaN and infinities as strings, which orjson would write as null."""
-    if isinstance(value, float):
+    if isinstance(value, float | np.floating):
         if math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -109,12 +57,20 @@ def json_tensors(params: Published, encoding: Encoding, dtype: str | None) -> di
     tensors = converted(params, dtype)
     if encoding == "base64":
         return {name: wire.tensor_to_json(t, "base64") for name, t in tensors.items()}
-    return {name: _listed(t) for name, t in tensors.items()}
+    known = _all_finite(params) and dtype in (None, params.layout.dtype)
+    return {name: _listed(t, known) for name, t in tensors.items()}
 
 
-def _listed(tensor: wire.Tensor) -> Any:
+def _all_finite(params: Published) -> bool:
+    """Say whether no element is NaN or infinite, in one go where the buffer allows it."""
+    if params.layout.dtype not in ("F32", "F64"):
+        return False
+    return bool(np.isfinite(params.data.view(wire.numpy_dtype(params.layout.dtype))).all())
+
+
+def _listed(tensor: wire.Tensor, known_finite: bool) -> Any:
     array = tensor.to_float32() if isinstance(tensor, wire.Bits) else tensor
-    if not np.isfinite(array).all():
+    if not known_finite and not np.isfinite(array).all():
         return wire.tensor_to_json(tensor, "list")
     return array if array.ndim else array[()]  # orjson writes scalars, but no 0-d arrays
 

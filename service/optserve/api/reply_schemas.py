@@ -44,8 +44,8 @@ _SUMMARY: Members = {
     "numel": COUNT,
     "dtype": STRING,
     "durability": STRING,
-    "created": _TIME,
-    "changed": _TIME,
+    "created_at": _TIME,
+    "updated_at": _TIME,
 }
 _SCHEDULER_LINE: Members = {
     "advance": {"enum": ["manual", "step"]},

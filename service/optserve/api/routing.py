@@ -10,7 +10,8 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
-from optserve.api.replies import JSON, negotiate
+from optserve.api.negotiation import negotiate
+from optserve.api.replies import JSON
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from optserve_client.errors import Invalid

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from optserve.api.decode import Claim, Incoming, read_request
 from optserve.api.openapi import BINARY, operation
-from optserve.api.replies import done, encode_reply, json_response
+from optserve.api.replies import encode_reply, json_response
 from optserve.api.routing import (
     TENANT,
     JsonMedia,
@@ -20,6 +20,7 @@ from optserve.api.routing import (
     router,
     session_of,
 )
+from optserve.api.waiting import done
 from optserve.sessions.operations import Patch
 from optserve.sessions.registry import Registry
 from optserve.sessions.reply import Reply
@@ -114,7 +115,7 @@ async def list_sessions(
         Query(description="`key:value`; repeat it for sessions that have all of them."),
     ] = None,
     order_by: Annotated[
-        str, Query(pattern=r"^-?(created|changed|name)$", description="`-` for descending.")
+        str, Query(pattern=r"^-?(created|updated|name)$", description="`-` for descending.")
     ] = "created",
 ) -> Response:
     """One page of the sessions, each with its name, tags, optimizer and counters."""
@@ -182,6 +183,7 @@ async def delete_session(
 ) -> Response:
     """Forget the session, its journal and its snapshots. A repeat answers 404."""
     incoming = await read_request(request, claim, "session", needs=None)
+    incoming.check_empty()
     registry = registry_of(request)
     reply = await done(registry.delete(TENANT, session_id, incoming.identity, abandon))
     return await encode_reply(media, reply)

@@ -11,9 +11,11 @@ from starlette.responses import Response
 
 from optserve.api.bodies import Body, body_kind, settings_of
 from optserve.api.decode import Claim, digest_of
+from optserve.api.negotiation import negotiate
 from optserve.api.openapi import BINARY, operation
-from optserve.api.replies import BinaryResponse, done, encode_reply, negotiate, off_loop
+from optserve.api.replies import BinaryResponse, encode_reply
 from optserve.api.routing import TENANT, Media, SessionId, registry_of, router, session_of
+from optserve.api.waiting import done, off_loop
 from optserve.sessions.ledger import Identity, check_identity
 from optserve_client.errors import (
     Conflict,

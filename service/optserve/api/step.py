@@ -10,8 +10,9 @@ from optserve.api.decode import digest_of, header_key
 from optserve.api.json_text import loads_object
 from optserve.api.one_call import first_use
 from optserve.api.openapi import BINARY, KEY_PARAMETER, operation
-from optserve.api.replies import done, encode_reply, off_loop
+from optserve.api.replies import encode_reply
 from optserve.api.routing import Direct, SessionId, any_media, router, session_of
+from optserve.api.waiting import done, off_loop
 from optserve.sessions.ledger import Identity
 from optserve.sessions.session import Session
 from optserve.sessions.step import Step

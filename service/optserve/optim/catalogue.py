@@ -55,10 +55,16 @@ class Entry:
     def _arguments(self) -> frozenset[str]:
         return frozenset(inspect.signature(self.cls).parameters)
 
+    @property
+    def torchs(self) -> bool:
+        """Whether torch.optim has the class."""
+        return self.source.startswith("torch.")
+
     @cached_property
     def impls(self) -> tuple[str, ...]:
         """The implementations that can be asked for, of ``single``, ``foreach``, ``fused``."""
-        return ("single", *(flag for flag in ("foreach", "fused") if flag in self._arguments))
+        flags = ("foreach", "fused") if self.torchs else ("foreach",)
+        return ("single", *(flag for flag in flags if flag in self._arguments))
 
     @cached_property
     def hyperparameters(self) -> Mapping[str, Hyper]:

@@ -196,7 +196,10 @@ class Engine:
         recorded: Mapping[str, Any] | None,
     ) -> Outcome:
         for name, parameter in self.parameters.items():
-            parameter.grad = grads.get(name)
+            grad = grads.get(name)
+            # Classes that are not torch's own keep gradients, or feed them to BLAS, whose last bits
+            # depend on alignment: they get copies, torch's get views of the buffer.
+            parameter.grad = grad if grad is None or self.entry.torchs else grad.clone()
         used = self.groups()
         try:
             with torchs_refusals():

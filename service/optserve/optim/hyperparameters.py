@@ -113,7 +113,9 @@ class Hyper:
             return False
         if not -1e308 <= value <= 1e308:
             return False
-        return self.least <= value < self.most if self.open_end else self.least <= value <= self.most
+        return (
+            self.least <= value < self.most if self.open_end else self.least <= value <= self.most
+        )
 
     def schema(self) -> dict[str, Any]:
         """Return the JSON Schema of this hyperparameter."""
@@ -132,8 +134,15 @@ class Hyper:
         if self.nullable:
             made = {"anyOf": [made, {"type": "null"}]}
         if not self.required:
-            made["default"] = list(self.default) if isinstance(self.default, tuple) else self.default
+            made["default"] = self.json_default
         return made
+
+    @property
+    def json_default(self) -> Any:
+        """The default as strict JSON has it."""
+        if isinstance(self.default, tuple):
+            return list(self.default)
+        return "Infinity" if self.default == math.inf else self.default
 
     def _one_schema(self) -> dict[str, Any]:
         made: dict[str, Any] = {"type": "number" if self.kind == "numbers" else self.kind}
@@ -159,6 +168,8 @@ def derive(cls: type, defaults: Mapping[str, Any] | None = None) -> dict[str, Hy
         default = None if required else parameter.default
         if defaults and name in defaults:
             default = defaults[name]
+        if callable(default):
+            continue
         hyper = _hyper(name, str(parameter.annotation), default, required)
         if hyper is not None:
             found[name] = hyper

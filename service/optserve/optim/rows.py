@@ -49,15 +49,39 @@ _FRIENDLY = (
 
 #: Classes of pytorch_optimizer that pass the conformance gate.
 CONFORMING = """
-    A2Grad ADOPT APOLLO AccSGD AdEMAMix AdaBelief AdaBound AdaGC AdaMod AdaNorm AdaPNM AdaSmooth
-    AdaTAM Adai Adalite AdamC AdamG AdamP AdamS AdamWSN Adan AggMo Aida Alice Amos Ano ApolloDQN
+    ADOPT APOLLO AccSGD AdEMAMix AdaBelief AdaBound AdaGC AdaMod AdaNorm AdaPNM AdaSmooth
+    AdaTAM Adai Adalite AdamC AdamG AdamP AdamS AdamWSN Adan AggMo Aida Amos Ano ApolloDQN
     AvaGrad BCOS CAME DAdaptAdaGrad DAdaptAdam DAdaptAdan DAdaptLion DAdaptSGD DiffGrad DualAdam
     EXAdam EmoFact EmoLynx EmoNavi FAdam FOCUS FTRL Fira FlashAdamW GaLore Grams GrokFastAdamW Kate
     LARS LaProp Lamb Lion MARS MSVAG NovoGrad PAdam PID PNM Prodigy QHAdam QHM RACS ROSE Ranger
-    Ranger21 SCION SCIONLight SGDP SGDSaI SGDW SM3 SOAP SPAM SPlus SRMM ScheduleFreeAdamW
+    Ranger21 SCION SCIONLight SGDP SGDSaI SGDW SM3 SOAP SPAM SPlus SRMM SaRA ScheduleFreeAdamW
     ScheduleFreeRAdam ScheduleFreeSGD Shampoo SignSGD SimplifiedAdEMAMix SpectralSphere StableAdamW
-    TAM Tiger VSGD Yogi
+    StableSPAM TAM Tiger VSGD Yogi
 """.split()
+
+#: The others, and why not.
+_MODEL = "needs the model, not only its gradients"
+_CLOSURE = "evaluates the loss itself, with a closure or second derivatives"
+_WRAPPER = "wraps another optimizer in a way of its own"
+_RANDOM = "draws random numbers whose state is not saved"
+_UNSAVED = "keeps state that is neither a tensor nor plain data"
+_TORCHS = "torch.optim has it"
+EXCLUDED: dict[str, str] = {
+    "A2Grad": "has no learning rate",
+    **dict.fromkeys(("AdaGO", "AdaMuon", "DistributedMuon", "MuonClip", "NorMuon"), _MODEL),
+    **dict.fromkeys(("AdaLOMO", "AdamMini", "LOMO", "LoRARite"), _MODEL),
+    **dict.fromkeys(("AdaHessian", "AliG", "SophiaH"), _CLOSURE),
+    **dict.fromkeys(("BSAM", "FriendlySAM", "GSAM", "LookSAM", "SAM", "WSAM"), _CLOSURE),
+    **dict.fromkeys(("OrthoGrad", "PCGrad", "SafeFP16Optimizer", "ScheduleFreeWrapper"), _WRAPPER),
+    "TRAC": _WRAPPER,
+    **dict.fromkeys(("Alice", "Gravity", "Kron", "Magma"), _RANDOM),
+    **dict.fromkeys(("AdaShift", "Conda", "MADGRAD", "ScalableShampoo"), _UNSAVED),
+    "DASH": "steps in other last bits where its params are views of one buffer",
+    "DeMo": "needs a package that optserve does not",
+    **dict.fromkeys(("Fromage", "Nero"), "has a non-commercial licence"),
+    **dict.fromkeys(("ASGD", "AdaDelta", "AdaFactor", "AdaMax", "Adam", "AdamW"), _TORCHS),
+    **dict.fromkeys(("LBFGS", "Muon", "NAdam", "RAdam", "RMSprop", "SGD"), _TORCHS),
+}
 
 _LIBRARY = tuple(
     Entry(

@@ -277,12 +277,11 @@ def origin(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
     Hyperparameters that were left out count as their defaults.
     """
-    hyper = {k: v for k, v in config["optimizer"].items() if k != "name"}
     entry = catalogue.find(config["optimizer"]["name"])
-    defaults = {k: h.default for k, h in entry.hyperparameters.items()}
+    defaults = {k: h.json_default for k, h in entry.hyperparameters.items()}
     shapes = [[slot.name, list(slot.shape)] for slot in layout.slots]
     return plain(
-        {**config, "optimizer": {**defaults, **config["optimizer"], **hyper}, "params": shapes}
+        {**config, "optimizer": {**defaults, **config["optimizer"]}, "params": shapes}
     )
 
 

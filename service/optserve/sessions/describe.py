@@ -32,8 +32,8 @@ def summary(session_id: str, state: SessionState) -> dict[str, Any]:
         "numel": sum(slot.numel for slot in state.layout.slots),
         "dtype": config["dtype"],
         "durability": config["durability"],
-        "created": state.created,
-        "changed": state.changed,
+        "created_at": state.created,
+        "updated_at": state.changed,
     }
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from optserve_client.errors import Invalid
 
-ORDERS = ("created", "-created", "name", "-name", "changed", "-changed")
+#: order_by -> the field of a row.
+_FIELDS = {"created": "created_at", "updated": "updated_at", "name": "name"}
+ORDERS = tuple(sign + name for name in _FIELDS for sign in ("", "-"))
 MAX_LIMIT = 1_000
 
 
@@ -27,7 +29,7 @@ def page(
         raise Invalid(f"order_by must be one of {', '.join(ORDERS)}, got {order_by!r:.80}")
     if not 1 <= limit <= MAX_LIMIT:
         raise Invalid(f"limit must be in [1, {MAX_LIMIT}], got {limit}")
-    field, descending = order_by.removeprefix("-"), order_by.startswith("-")
+    field, descending = _FIELDS[order_by.removeprefix("-")], order_by.startswith("-")
 
     def place(row: Mapping[str, Any]) -> list[Any]:
         value = row[field]

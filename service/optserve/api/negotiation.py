@@ -1,0 +1,55 @@
+"""What the client wants to get: Accept and If-None-Match, as RFC 9110 reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from optserve_client.errors import NotAcceptable
+
+_TAG = re.compile(r'\s*(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")\s*(?:,|$)')
+
+
+def negotiate(accept: str | None, offers: Sequence[str]) -> str:
+    """Return the media type of ``offers`` that ``accept`` likes best; the first of equals."""
+    if accept is None or accept == "*/*":
+        return offers[0]
+    ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
+    best = max(offers, key=lambda offer: _quality(offer, ranges))
+    if _quality(best, ranges) <= 0:
+        raise NotAcceptable(f"Accept must allow {' or '.join(offers)}, got {accept[:120]!r}")
+    return best
+
+
+def _media_range(part: str) -> tuple[str, float]:
+    media, *parameters = part.split(";")
+    quality = 1.0
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                quality = float(value)
+            except ValueError:
+                quality = 0.0
+    return media.strip().lower(), quality
+
+
+def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
+    """Return q of the most specific range that covers ``offer``."""
+    for pattern in (offer, f"{offer.partition('/')[0]}/*", "*/*"):
+        found = [quality for media, quality in ranges if media == pattern]
+        if found:
+            return max(found)
+    return 0.0
+
+
+def matches(etag: str, condition: str) -> bool:
+    """Say whether ``If-None-Match: condition`` names ``etag``, by weak comparison."""
+    if condition.strip() == "*":
+        return True
+    at = 0
+    while found := _TAG.match(condition, at):
+        if found[1] == etag.removeprefix("W/"):
+            return True
+        at = found.end()
+    return False
