@@ -1,7 +1,7 @@
 """The parity table: every optimizer, impl, grouping and mode, served and local side by side.
 
-The local side is built from torch's (or pytorch_optimizer's) class itself, over separate Parameters, by
-nothing of the service but the name of the class.
+The local side is built from torch's (or pytorch_optimizer's) class itself, over separate
+Parameters, by nothing of the service but the name of the class.
 """
 
 from __future__ import annotations

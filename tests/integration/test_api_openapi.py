@@ -94,6 +94,7 @@ def test_every_operation_says_what_it_is(document: dict[str, Any]) -> None:
         assert operation["summary"], label
         assert operation["description"], label
         assert len(operation["tags"]) == 1, label
+        assert re.fullmatch(r"[a-z_]+", operation["operationId"]), label
         seen.add(operation["operationId"])
         for parameter in operation.get("parameters", []):
             assert parameter["in"] == "path" or parameter["description"], (label, parameter["name"])

@@ -123,9 +123,8 @@ def test_a_large_reply_arrives_whole_over_a_slow_connection(address: tuple[str, 
     content = frame({"param/w": big}, {"optimizer": "SGD"})
     assert httpx.put(url, content=content, headers={"content-type": SAFETENSORS}).status_code == 201
     with Wire(address) as wire:
-        wire.send(
-            f"GET /v1/sessions/big/params HTTP/1.1\r\nHost: x\r\nAccept: {SAFETENSORS}\r\n\r\n".encode()
-        )
+        head = ["GET /v1/sessions/big/params HTTP/1.1", "Host: x", f"Accept: {SAFETENSORS}", "", ""]
+        wire.send("\r\n".join(head).encode())
         time.sleep(0.2)
         status, _, body = wire.answer()
     assert status == 200

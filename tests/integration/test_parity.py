@@ -1,4 +1,4 @@
-"""Served parameters are torch's, bit for bit: the whole table in the long form, a part in the short.
+"""Served parameters are torch's, bit for bit: the whole table in the long form, a part else.
 
 The short form takes one cell of every optimizer, another one on each day of the year.
 """
@@ -60,7 +60,7 @@ def http() -> Iterator[httpx.Client]:
 
 
 def encoded(fields: dict[str, Any], tensors: local.Arrays, kind: str, how: str) -> dict[str, Any]:
-    """Return content and headers of a request with these tensors, which are ``grads`` or ``params``."""
+    """Return content and headers of a request with these ``grads`` or ``params``."""
     if how == "binary":
         named = {f"{kind.removesuffix('s')}/{n}": t for n, t in tensors.items()}
         pieces = wire.encode(named, {wire.META_KEY: json.dumps(fields)})

@@ -1,4 +1,4 @@
-"""Learning rates and momenta are torch's for 200 steps, with an export and import at every tenth."""
+"""Learning rates and momenta are torch's for 200 steps, exported and imported every tenth."""
 
 from __future__ import annotations
 

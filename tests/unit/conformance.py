@@ -1,7 +1,8 @@
 """The gate that a class of pytorch_optimizer passes before the catalogue lists it.
 
-A session gives a class nothing but gradients, keeps its params as views of one buffer, and saves what
-it finds in ``state``, in ``param_groups`` and beside them in ``state_dict()``. The gate tries just that.
+A session gives a class nothing but gradients, keeps its params as views of one buffer, and saves
+what it finds in ``state``, in ``param_groups`` and beside them in ``state_dict()``. The gate tries
+just that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bytes in, bytes out: the only importer of fastapi. A request meets these files in this order.
 
-``edge``         the outermost layer: whatever is raised below becomes an answer (``problems``) there
+``edge``         the outermost layer: there whatever is raised becomes an answer (``problems``)
 ``routing``      which function it is, and what that function may ask for
 ``negotiation``  which media type the answer will have; refused before anything is done
 ``step`` ...     one small module per group of routes: decode, call, encode
@@ -10,6 +10,6 @@
 ``waiting``      the session's answer; large work is kept off the event loop
 ``replies``      JSON or safetensors out of it
 
-``openapi`` joins what the routes say of themselves with ``schemas`` and ``reply_schemas``; ``app`` puts
-everything together.
+``openapi`` joins what the routes say of themselves with ``schemas`` and ``reply_schemas``;
+``app`` puts everything together.
 """

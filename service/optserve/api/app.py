@@ -54,7 +54,6 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        generate_unique_id_function=lambda route: route.name,
         middleware=[Middleware(Edge)],
         exception_handlers={HTTPException: _to_edge, RequestValidationError: _to_edge},
         separate_input_output_schemas=False,

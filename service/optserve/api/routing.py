@@ -71,7 +71,12 @@ def check_query(request: Request, known: frozenset[str]) -> None:
 
 def router(tag: str, route_class: type[APIRoute] = Strict) -> APIRouter:
     """Return a router whose functions answer with a Response of their own making."""
-    return APIRouter(tags=[tag], route_class=route_class, default_response_class=Response)
+    return APIRouter(
+        tags=[tag],
+        route_class=route_class,
+        default_response_class=Response,
+        generate_unique_id_function=lambda route: route.name,
+    )
 
 
 # --- what a function asks for --------------------------------------------------------------------

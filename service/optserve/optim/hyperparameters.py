@@ -80,7 +80,7 @@ class Hyper:
         return f"{what} >= {self.least:g}" if math.isfinite(self.least) else what
 
     def check(self, value: Any, where: str) -> Any:
-        """Return ``value`` as torch wants it, or raise Invalid naming ``where``, value and bound."""
+        """Return ``value`` as torch wants it, or raise Invalid that names value and bound."""
         if value is None and self.nullable:
             return None
         if self.kind != "numbers":

@@ -18,7 +18,7 @@ from optserve_client.errors import Invalid
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LookaheadEntry(Entry):
-    """``{"name": "Lookahead", "optimizer": {"name": "AdamW", "lr": 0.001}, "k": 5, "alpha": 0.5}``."""
+    """``{"name": "Lookahead", "optimizer": {"name": "AdamW", "lr": 0.001}, "k": 5}``."""
 
     @cached_property
     def hyperparameters(self) -> Mapping[str, Hyper]:

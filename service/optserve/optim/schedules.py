@@ -73,7 +73,7 @@ class Scheduler:
                 raise SchedulerFailed(f"{self.name} at step {at}: {sentence(exc)}") from exc
 
     def check_metrics(self, metrics: float | None) -> tuple[float, ...]:
-        """Return the arguments of torch's ``step``; raise Invalid for metrics that it cannot take."""
+        """Return the arguments of torch's ``step``; raise Invalid for metrics it cannot take."""
         if self.needs_metrics and metrics is None:
             raise Invalid(f"metrics is required: {self.name} follows it", field="metrics")
         if not self.needs_metrics and metrics is not None:

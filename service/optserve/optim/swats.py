@@ -9,12 +9,12 @@ import pytorch_optimizer
 import torch
 
 
-class SWATS(pytorch_optimizer.SWATS):  # type: ignore[misc]
-    """Adam that switches to SGD (Keskar and Socher, arXiv:1712.07628), by pytorch_optimizer's SWATS.
+class SWATS(pytorch_optimizer.SWATS):
+    """Adam that switches to SGD (Keskar and Socher, arXiv:1712.07628): pytorch_optimizer's SWATS.
 
     The library compares its estimates of the SGD rate with ``rtol=eps``, and eps is Adam's
-    denominator too: at its default the switch never happens on smooth problems. ``switch_tol`` is used
-    in that comparison only; None: eps, as in the library.
+    denominator too: at its default the switch never happens on smooth problems. ``switch_tol`` is
+    used in that comparison only; None: eps, as in the library.
     """
 
     def __init__(
@@ -67,9 +67,17 @@ class SWATS(pytorch_optimizer.SWATS):  # type: ignore[misc]
             self.param_groups = groups
         return loss
 
-    def apply_ams_bound(self, *args: Any, eps: float, **more: Any) -> torch.Tensor:
+    def apply_ams_bound(  # type: ignore[override]
+        self, *args: Any, **named: Any
+    ) -> torch.Tensor:
         """Divide by the group's own eps, whatever the comparison uses."""
-        return super().apply_ams_bound(*args, eps=self._denominator_eps, **more)  # type: ignore[no-any-return]
+        return pytorch_optimizer.SWATS.apply_ams_bound(
+            *args, **{**named, "eps": self._denominator_eps}
+        )
 
-    def apply_ams_bound_foreach(self, *args: Any, eps: float, **more: Any) -> Any:
-        return super().apply_ams_bound_foreach(*args, eps=self._denominator_eps, **more)
+    def apply_ams_bound_foreach(  # type: ignore[override]
+        self, *args: Any, **named: Any
+    ) -> Any:
+        return pytorch_optimizer.SWATS.apply_ams_bound_foreach(
+            *args, **{**named, "eps": self._denominator_eps}
+        )

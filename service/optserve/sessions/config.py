@@ -280,9 +280,7 @@ def origin(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     entry = catalogue.find(config["optimizer"]["name"])
     defaults = {k: h.json_default for k, h in entry.hyperparameters.items()}
     shapes = [[slot.name, list(slot.shape)] for slot in layout.slots]
-    return plain(
-        {**config, "optimizer": {**defaults, **config["optimizer"]}, "params": shapes}
-    )
+    return plain({**config, "optimizer": {**defaults, **config["optimizer"]}, "params": shapes})
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
