@@ -61,7 +61,8 @@ def cells() -> Iterator[Cell]:
     for entry in catalogue.entries():
         if entry.needs_loss or entry.sparse == "only":
             continue
-        for impl, groups, mode in itertools.product(("auto", *entry.impls), (1, 3), MODES):
+        yield Cell(entry.name, "auto", 1, "plain")
+        for impl, groups, mode in itertools.product(entry.impls, (1, 3), MODES):
             if groups == 1 or entry.groups:
                 yield Cell(entry.name, impl, groups, mode)
 

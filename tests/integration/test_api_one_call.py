@@ -178,3 +178,14 @@ def test_a_large_binary_call_arrives_in_many_pieces(api: Api) -> None:
         want = want - torch.from_numpy(tensors["grad/w"])
     assert second.json()["version"] == 2
     assert torch.equal(torch.tensor(second.json()["params"]["w"]), want)
+
+
+@pytest.mark.parametrize(
+    "grads",
+    [{"w": [1.0]}, {}, {"w": [float("1e39"), 0.0]}, {"w": ["NaN", 0.0]}, {"v": [1.0, 2.0]}],
+    ids=["shape", "missing", "overflow", "nan", "unknown"],
+)
+def test_a_refused_first_step_leaves_no_session(api: Api, grads: dict[str, Any]) -> None:
+    body = {"id": "gone", "optimizer": "SGD", "params": {"w": [1.0, 2.0]}, "grads": grads}
+    assert api.post("/v1/step", json=body).status_code == 422
+    assert api.get("/v1/sessions/gone").status_code == 404

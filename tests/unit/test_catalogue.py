@@ -81,7 +81,7 @@ def test_the_line_of_torch_builds_the_same_optimizer(entry: catalogue.Entry) -> 
     impl = entry.pick_impl("auto", "cpu", "float32", sparse=False)
     served = entry.build([{"params": [leaf()]}], hyper, impl)
     line = entry.torch_line(hyper, impl)
-    import optserve.optim.swats  # noqa: F401, PLC0415 - the line names it
+    import optserve.optim.swats  # noqa: F401 - the line names it
 
     scope = {
         "torch": torch,

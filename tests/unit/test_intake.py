@@ -483,7 +483,7 @@ BAD_FRAMES: list[tuple[bytes, type[OptserveError], str]] = [
     (
         frame(tensors(), '{"loss": 1' + "0" * 5_000 + "}"),
         Malformed,
-        "__metadata__['optserve'] is not JSON: Exceeds the limit",
+        "__metadata__['optserve'] is not JSON: a number of 5001 digits is too large",
     ),
     (
         frame(tensors(), '{"generation": "' + "x" * 2**20 + '"}'),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from optserve.sessions.step import Step
 from optserve_client import wire
-from optserve_client.errors import Invalid, Malformed, SessionExists, SessionNotFound
+from optserve_client.errors import Invalid, Malformed, RequestError, SessionNotFound
 from optserve_client.wire import META_KEY, Tensor
 
 _CREATE_FIELDS = frozenset(configs.CreateFields.model_fields)
@@ -71,13 +72,16 @@ class _Call:
                 ) from exc
             return None
         if self.create is not None:
-            _check_same(registry, session, self.create)
+            registry.check_same(session, self.create)
         return session
 
     async def make(
-        self, registry: Registry, params: dict[str, Tensor], order: list[str]
-    ) -> tuple[Session, bool]:
-        """Create the session, unless somebody else just did; ``order`` if the fields have none."""
+        self, registry: Registry, params: dict[str, Tensor], order: list[str], made: list[Session]
+    ) -> Session:
+        """Create the session, unless somebody else just did; ``order`` if the fields have none.
+
+        A session that this creates is appended to ``made``.
+        """
         assert self.create is not None
         rest = {key: value for key, value in self.step.items() if key not in ("grads", "params")}
         StepFields.parse(rest)  # what is wrong with the step should not leave a session behind
@@ -86,56 +90,53 @@ class _Call:
             TENANT, self.session_id, self.create, params, named, Identity(), exist_ok=True
         )
         created = (await done(future)).scalars["created"]
-        return registry.get(TENANT, self.session_id), created
+        session = registry.get(TENANT, self.session_id)
+        if created:
+            made.append(session)
+        return session
 
 
-def _check_same(registry: Registry, session: Session, create: Mapping[str, Any]) -> None:
-    """Refuse create fields that would have made another session; the step checks the params."""
-    fields = configs.CreateFields.parse({k: v for k, v in create.items() if k != "order"})
-    normal = configs.normalise(fields, session.layout, registry.device, registry.store.promise)
-    origin = configs.origin(normal, session.layout)
-    if origin != session.origin:
-        raise SessionExists(
-            f"session {session.id!r} exists with another configuration"
-            + configs.difference(session.origin, origin),
-            version=session.version,
-        )
-
-
-async def first_use(request: Request) -> FirstUse:
-    """Return the step in the body; its session exists by then."""
+@asynccontextmanager
+async def first_use(request: Request) -> AsyncIterator[FirstUse]:
+    """Yield the step in the body; its session exists by then, but goes if the step is refused."""
     kind = body_kind(request)
     if kind is None:
         raise Malformed("the body is empty, expected a step")
-    return await (_from_json(request) if kind == "json" else _from_frame(request))
+    made: list[Session] = []
+    try:
+        yield await (_from_json if kind == "json" else _from_frame)(request, made)
+    except RequestError:
+        for session in made:
+            await done(registry_of(request).withdraw(session))
+        raise
 
 
-async def _from_json(request: Request) -> FirstUse:
+async def _from_json(request: Request, made: list[Session]) -> FirstUse:
     raw = await Body(request, settings_of(request).max_json_bytes).read()
     body = await off_loop(len(raw), loads_object, raw)
     digest = await off_loop(len(raw), digest_of, request, "step", raw)
     call, registry = _Call.of(body), registry_of(request)
-    session, created = call.find(registry), False
+    session = call.find(registry)
     if session is None:
         given, create = call.step.get("params"), call.create or {}
         dtype = create.get("dtype")
         tag = wire.dtype_tag(dtype) if isinstance(dtype, str) else None
         params = await off_loop(len(raw), tensors_from_json, given or {}, "params", tag, None)
-        session, created = await call.make(registry, params, list(params))
-    if created:
+        session = await call.make(registry, params, list(params), made)
+    if made:
         del call.step["params"]
     step = await off_loop(len(raw), session.step_from_json, call.step, digest)
-    return FirstUse(session=session, step=step, created=created)
+    return FirstUse(session=session, step=step, created=bool(made))
 
 
-async def _from_frame(request: Request) -> FirstUse:
+async def _from_frame(request: Request, made: list[Session]) -> FirstUse:
     limit = settings_of(request).max_body_bytes
     hasher = xxhash.xxh3_128(b"POST step\n")
     chunks = _hashed(Body(request, limit).chunks(), hasher)
     header, begun = await _read_header(chunks)
     call, registry = _Call.of(frame_fields(header.metadata)), registry_of(request)
     metadata = {META_KEY: orjson.dumps(call.step).decode()}
-    session, created = call.find(registry), False
+    session = call.find(registry)
     feed: AsyncIterator[bytes | memoryview]
     if session is not None:
         infos = ((info.name, info.dtype, info.shape) for info in header.tensors)
@@ -143,8 +144,8 @@ async def _from_frame(request: Request) -> FirstUse:
     else:
         tensors = await _read_tensors(header, begun, chunks)
         params = params_of_frame({n: t for n, t in tensors.items() if n.startswith("param/")})
-        session, created = await call.make(registry, params, sorted(params, key=str.encode))
-        rest = {n: t for n, t in tensors.items() if not (created and n.startswith("param/"))}
+        session = await call.make(registry, params, sorted(params, key=str.encode), made)
+        rest = {n: t for n, t in tensors.items() if not (made and n.startswith("param/"))}
         feed = _chain(wire.encode(rest, metadata), chunks)
     intake = session.intake(limit)
     try:
@@ -156,7 +157,7 @@ async def _from_frame(request: Request) -> FirstUse:
     step = await off_loop(intake.frame_bytes or 0, intake.finish)
     # Of the body as it came: the first call and its repeat feed the intake differently.
     step = replace(step, digest=hasher.digest())
-    return FirstUse(session=session, step=step, created=created)
+    return FirstUse(session=session, step=step, created=bool(made))
 
 
 async def _hashed(chunks: AsyncIterator[bytes], hasher: xxhash.xxh3_128) -> AsyncIterator[bytes]:

@@ -43,6 +43,9 @@ def as_optserve_error(scope: Scope, exc: Exception) -> errors.OptserveError:
         return _invalid(exc)
     if isinstance(exc, HTTPException):
         return _from_status(scope, exc)
+    if isinstance(exc, RecursionError):
+        # Only what a request brought can be nested that deeply.
+        return errors.Malformed("the body is nested too deeply")
     if isinstance(exc, MemoryError):
         log.error("out of memory", method=scope["method"], path=scope["path"], exc_info=exc)
         return errors.Unavailable("the server has not enough free memory for this request")

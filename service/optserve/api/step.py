@@ -90,8 +90,8 @@ async def post_any_step(request: Request) -> Response:
     `optimizer` in it, the session is created on first use from the create fields and `params` of
     the same body; later calls with the same create fields only step."""
     media, key = any_media(request), header_key(request)
-    call = await first_use(request)
-    reply = await done(call.session.step(call.step, identity_of(call.step, key)))
+    async with first_use(request) as call:
+        reply = await done(call.session.step(call.step, identity_of(call.step, key)))
     return await encode_reply(media, reply, created=call.created)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from optserve.optim import catalogue
-from optserve.optim.arena import from_wire, to_wire
+from optserve.optim.arena import TORCH_DTYPES, from_wire, to_wire
 from optserve.optim.averages import arena_of
 from optserve.optim.engine import Engine
 from optserve.optim.hyper import FLAGS
@@ -78,7 +78,10 @@ def load(
         state = unflatten(saved, found, device)
         catalogue.write_state(engine.optimizer, engine.parameters[name], state)
     for group, entry in zip(engine.optimizer.param_groups, meta["groups"], strict=True):
-        group.update(unflatten(entry["hyper"], found, device))
+        hyper = unflatten(entry["hyper"], found, device)
+        if taken := FLAGS & hyper.keys():
+            raise ValueError(f"hyper of a group cannot set {', '.join(sorted(taken))}")
+        group.update(hyper)
     if engine.scheduler is not None:
         engine.scheduler.load(meta["scheduler"])
     if engine.ema is not None:
@@ -99,7 +102,15 @@ def load(
 
 
 def _named(kind: str, layout: Layout, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: found[kind + name] for name in layout.names}
+    tensors = {name: found[kind + name] for name in layout.names}
+    for slot in layout.slots:
+        tensor = tensors[slot.name]
+        if tuple(tensor.shape) != slot.shape or tensor.dtype != TORCH_DTYPES[layout.dtype]:
+            raise ValueError(
+                f"{kind + slot.name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {TORCH_DTYPES[layout.dtype]} {list(slot.shape)}"
+            )
+    return tensors
 
 
 def _plain(sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -120,6 +131,6 @@ def _from_plain(kept: Any) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
     made: torch.Tensor = torch.sparse_coo_tensor(
-        kept["indices"], kept["values"], kept["shape"], check_invariants=False
+        kept["indices"], kept["values"], kept["shape"], check_invariants=True
     )
     return made.coalesce()

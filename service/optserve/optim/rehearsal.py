@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from optserve.optim import catalogue, checkpoint
 from optserve.optim.arena import GradientBuffer
 from optserve.optim.engine import Engine
 from optserve.optim.layout import Layout
 from optserve.optim.recipe import Recipe
 from optserve.optim.refusals import torchs_refusals
 from optserve_client import wire
-from optserve_client.errors import Invalid, TorchRefused
+from optserve_client.errors import TorchRefused
 
 #: Above this many elements the copy is made of smaller tensors: what torch refuses depends on
 #: rank, emptiness, dtype and hyperparameters, not on how long a dimension is.
@@ -49,7 +48,7 @@ def rehearse(recipe: Recipe, layout: Layout) -> None:
         shapes = [(n, tuple(min(d, _SMALL_DIMENSION) for d in shape)) for n, shape in shapes]
     small = Layout.pack(layout.dtype, shapes)
     with torchs_refusals():
-        _step(Engine(replace(recipe, accumulate_steps=1), small, None))
+        step(Engine(replace(recipe, accumulate_steps=1), small, None))
 
 
 def rehearse_group(
@@ -64,35 +63,8 @@ def rehearse_group(
     )
 
 
-def check_imported(engine: Engine) -> None:
-    """Compare the optimizer state of ``engine`` with what one step makes, and step on a copy.
-
-    Raises Invalid or TorchRefused. A kernel trusts the sizes of its state: a wrong one would be
-    read beyond its end.
-    """
-    with torchs_refusals():
-        fresh = Engine(replace(engine.recipe, accumulate_steps=1), engine.layout, None)
-        _step(fresh)
-    total = sum(slot.numel for slot in engine.layout.slots)
-    for name, parameter in engine.parameters.items():
-        expected = _leaves(catalogue.read_state(fresh.optimizer, fresh.parameters[name]))
-        usual = {tuple(parameter.shape), (), (1,), (total,)}
-        found = _leaves(catalogue.read_state(engine.optimizer, parameter))
-        for key, tensors in found.items():
-            kinds = {(tuple(t.shape), t.dtype) for t in expected.get(key, [])}
-            for tensor in tensors:
-                shape = tuple(tensor.shape)
-                if (shape, tensor.dtype) not in kinds and (kinds or shape not in usual):
-                    raise Invalid(
-                        f"'state/{name}/{key}' is {tensor.dtype} {list(shape)}, "
-                        f"which {engine.entry.name} does not make for this parameter"
-                    )
-    with torchs_refusals():
-        trial = checkpoint.load(engine.recipe, engine.layout, *checkpoint.dump(engine))
-        _step(trial)
-
-
-def _step(engine: Engine) -> None:
+def step(engine: Engine) -> None:
+    """Make one update of a throw-away engine, with a gradient of one half everywhere."""
     buffer = engine.pool.lease()
     buffer.arena.flat.fill_(0.5)
     sparse = {name: _one_element(engine.layout, name) for name in engine.recipe.sparse}
@@ -100,20 +72,6 @@ def _step(engine: Engine) -> None:
         engine.evaluate(1.0, _Ones(buffer), metric=1.0)
     else:
         engine.push(engine.inspect(_Ones(buffer, sparse=sparse)), metric=1.0)
-
-
-def _leaves(state: Any, key: str = "") -> dict[str, list[torch.Tensor]]:
-    """Return the tensors of a state by key; those of one list are together, whatever its length."""
-    if isinstance(state, torch.Tensor):
-        return {key: [state]}
-    found: dict[str, list[torch.Tensor]] = {}
-    items = state.items() if isinstance(state, dict) else ((None, item) for item in state)
-    for name, item in items:
-        if isinstance(item, (torch.Tensor, dict, list, tuple)):
-            below = f"{key}/{name}".lstrip("/") if name is not None else key
-            for found_key, tensors in _leaves(item, below).items():
-                found.setdefault(found_key, []).extend(tensors)
-    return found
 
 
 def _one_element(layout: Layout, name: str) -> _Coo:

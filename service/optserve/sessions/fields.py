@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -82,6 +83,15 @@ def _check_metric_name(name: str) -> None:
         raise Invalid(f"a metric's name must be 1 to 256 printable characters, got {shown(name)}")
 
 
+def _check_hyper(groups: list[dict[str, Any]]) -> None:
+    for i, group in enumerate(groups):
+        for name, value in group.items():
+            parts = value if isinstance(value, list) else [value]
+            if any(isinstance(part, list | dict) for part in parts):
+                where = path_of(("groups", i, name))
+                raise Invalid(f"{where} must be one value or a list of values, got {shown(value)}")
+
+
 Worker = Annotated[str, _our_check(wire.check_id, "worker")]
 MetricName = Annotated[str, _our_check(_check_metric_name)]
 Metrics = Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)]
@@ -93,7 +103,7 @@ class StepFields(Fields):
     #: Parameters whose gradient is None: the optimizer leaves them alone.
     none: list[str] = []
     #: Assigned to ``param_groups[i]`` before the update, and stays.
-    groups: list[dict[str, Any]] | None = None
+    groups: Annotated[list[dict[str, Any]], _our_check(_check_hyper)] | None = None
     #: At the params at which the gradient was taken. Finite: a step without one is worth more than
     #: a history that JSON cannot show.
     loss: float | None = None
@@ -125,10 +135,10 @@ class StepFields(Fields):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def load_object(text: str, what: str) -> dict[str, Any]:
+def load_object(text: str, what: str, limit: int | None = TEXT_LIMIT_BYTES) -> dict[str, Any]:
     """Parse the JSON object in ``text``, a field of a frame; as strict as a JSON body is."""
-    if len(text) > TEXT_LIMIT_BYTES:
-        raise TooLarge(f"{what} has {len(text)} characters, the limit is {TEXT_LIMIT_BYTES}")
+    if limit is not None and len(text) > limit:
+        raise TooLarge(f"{what} has {len(text)} characters, the limit is {limit}")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -142,7 +152,9 @@ def load_object(text: str, what: str) -> dict[str, Any]:
         raise Malformed(f"{what} is not JSON: {name} is no JSON number")
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=constant, parse_int=_integer
+        )
         if "\\u" in text:  # only an escape can bring a lone surrogate, which no reply could carry
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as exc:
@@ -152,6 +164,15 @@ def load_object(text: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Malformed(f"{what} must be a JSON object, got {shown(value)}")
     return value
+
+
+def _integer(digits: str) -> int | float:
+    """Return an integer of 64 bits, else the float next to it, as orjson does in a JSON body."""
+    if len(digits) < 19:
+        return int(digits)
+    if math.isinf(nearest := float(digits)):
+        raise ValueError(f"a number of {len(digits)} digits is too large")
+    return exact if -(2**63) <= (exact := int(digits)) < 2**64 else nearest
 
 
 # --- sentences -----------------------------------------------------------------------------------

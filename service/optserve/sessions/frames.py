@@ -1,8 +1,9 @@
 """The state file: everything of a session as one safetensors frame.
 
 Tensors are ``param/<name>``, ``state/<name>/<torch's key>``, ``ema/``, ``best/`` and so on; the
-rest is JSON with a ``format`` number under the metadata key ``optserve``. The same frame is a
-snapshot, the payload of a fork's create event, and what export and import speak.
+rest is JSON with a ``format`` number under the metadata key ``optserve``. The ledger, which grows
+with the requests that it remembers, is JSON in a tensor of bytes, since a header has a limit. The
+same frame is a snapshot, the payload of a fork's create event, and what export and import speak.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from optserve.optim import devices
 from optserve.optim.layout import Layout
+from optserve.sessions.fields import load_object, shown
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed
 
 FORMAT = 1
+#: The tensor, of U8, that holds the ledger's JSON.
+LEDGER = "ledger"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +41,14 @@ class Frame:
 
 def encode(meta: Mapping[str, Any], tensors: Mapping[str, wire.Tensor]) -> list[bytes | memoryview]:
     """Return the frame's buffers; tensor bytes are views of ``tensors``."""
-    text = json.dumps({"format": FORMAT, **meta}, allow_nan=False, separators=(",", ":"))
+    rest = {name: value for name, value in meta.items() if name != LEDGER}
+    text, ledger = _text({"format": FORMAT, **rest}), _text(meta[LEDGER])
+    tensors = {**tensors, LEDGER: np.frombuffer(ledger.encode(), np.uint8)}
     return wire.encode(tensors, {wire.META_KEY: text})
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def decode(frame: bytes | bytearray | memoryview) -> Frame:
@@ -43,30 +56,41 @@ def decode(frame: bytes | bytearray | memoryview) -> Frame:
     tensors, metadata = wire.decode(frame)
     if wire.META_KEY not in metadata:
         raise Malformed(f"this is no state file: __metadata__ has no {wire.META_KEY!r}")
-    try:
-        meta = json.loads(metadata[wire.META_KEY])
-    except (ValueError, RecursionError) as exc:
-        raise Malformed(f"the state file's metadata is not JSON: {exc}") from exc
-    if not isinstance(meta, dict) or not isinstance(meta.get("format"), int):
+    meta = load_object(metadata[wire.META_KEY], "the state file's metadata", limit=None)
+    if type(meta.get("format")) is not int:
         raise Malformed("the state file's metadata has no format number")
     if meta["format"] != FORMAT:
         raise Invalid(f"the state file has format {meta['format']}, this server reads {FORMAT}")
-    decoded = Frame(meta=meta, tensors=tensors)
+    ledger = _read_ledger(tensors.pop(LEDGER, None))
+    decoded = Frame(meta={**meta, LEDGER: ledger}, tensors=tensors)
     _check_params(decoded)
     return decoded
 
 
+def _read_ledger(tensor: wire.Tensor | None) -> dict[str, Any]:
+    if tensor is None:
+        raise Malformed(f"the state file lacks the tensor {LEDGER!r}")
+    if wire.dtype_of(tensor) != "U8":
+        raise Malformed(f"{LEDGER!r} must be uint8, got {wire.dtype_name(wire.dtype_of(tensor))}")
+    try:
+        text = bytes(wire.as_bytes(tensor)).decode()
+    except UnicodeDecodeError as exc:
+        raise Malformed(f"{LEDGER!r} is not UTF-8: {exc.reason} at byte {exc.start}") from exc
+    return load_object(text, "the state file's ledger", limit=None)
+
+
 def _check_params(frame: Frame) -> None:
     """The params must be those that the metadata announces: names, shapes and dtype."""
-    try:
-        layout = frame.layout
-        names = [str(name) for name in layout.by_name]
-    except (KeyError, TypeError, ValueError) as exc:
-        raise Malformed(f"the state file's metadata has no usable shapes: {exc!r:.200}") from exc
-    if not names or len(names) != len(layout.slots):
-        raise Malformed("the state file names no params, or one of them twice")
+    shapes, dtype = frame.meta.get("shapes"), frame.meta.get("dtype")
+    if not isinstance(shapes, list) or not shapes or not all(map(_is_shape, shapes)):
+        raise Malformed(f"shapes must be a list of [name, dimensions], got {shown(shapes)}")
+    if dtype not in devices.DTYPES:
+        raise Malformed(f"dtype must be one of {', '.join(devices.DTYPES)}, got {shown(dtype)}")
+    layout = frame.layout
     for slot in layout.slots:
         wire.check_param_name(slot.name)
+        if layout.by_name[slot.name] is not slot:
+            raise Malformed(f"shapes has the name {shown(slot.name)} twice")
         tensor = frame.tensors.get(f"param/{slot.name}")
         if tensor is None:
             raise Invalid(f"the state file lacks the tensor 'param/{slot.name}'")
@@ -75,3 +99,10 @@ def _check_params(frame: Frame) -> None:
                 f"'param/{slot.name}' is {wire.dtype_name(wire.dtype_of(tensor))} "
                 f"{list(tensor.shape)}, its metadata says {frame.meta['dtype']} {list(slot.shape)}"
             )
+
+
+def _is_shape(row: Any) -> bool:
+    """Say whether ``row`` is ``["w", [2, 3]]``."""
+    if not isinstance(row, list) or len(row) != 2 or not isinstance(row[0], str):
+        return False
+    return isinstance(row[1], list) and all(type(n) is int and n >= 0 for n in row[1])

@@ -14,6 +14,7 @@ import copy
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from optserve_client import wire
@@ -75,7 +76,20 @@ class _Result:
 
     @classmethod
     def load(cls, row: Mapping[str, Any]) -> _Result:
-        return cls(**{**row, "digest": bytes.fromhex(row["digest"])})
+        result = cls(**{**row, "digest": bytes.fromhex(row["digest"])})
+        for name, kinds in _KINDS.items():
+            if type(value := getattr(result, name)) not in kinds:
+                raise ValueError(f"{name} is a {type(value).__name__}")
+        return result
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "applied_version": (int, NoneType),
+    "lsn": (int,),
+    "reply": (dict,),
+    "seq": (int,),
+    "time": (int, float),
+}
 
 
 @dataclass(slots=True)
@@ -84,6 +98,18 @@ class _Worker:
     last_seq: int = 0
     #: Of the seqs up to ``last_seq``, without gaps.
     results: deque[_Result] = field(default_factory=deque)
+
+    def check(self) -> None:
+        """Raise ValueError for what no commits can have made."""
+        if type(self.epoch) is not int or type(self.last_seq) is not int:
+            raise ValueError(f"epoch {self.epoch!r:.40} or last_seq {self.last_seq!r:.40}")
+        first = self.last_seq - len(self.results) + 1
+        if self.epoch < 1 or first < 1 or len(self.results) > RESULTS_PER_WORKER:
+            raise ValueError(
+                f"epoch {self.epoch}, last_seq {self.last_seq}, {len(self.results)} results"
+            )
+        if [result.seq for result in self.results] != list(range(first, self.last_seq + 1)):
+            raise ValueError(f"the results up to seq {self.last_seq} have gaps")
 
 
 class Ledger:
@@ -226,14 +252,29 @@ class Ledger:
 
     @classmethod
     def load(cls, dump: Mapping[str, Any]) -> Ledger:
-        """Return the ledger that :meth:`dump` was taken of."""
+        """Return the ledger that :meth:`dump` was taken of; Invalid if it was not of one."""
+        try:
+            return cls._load(dump)
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise Invalid(f"the state file's ledger cannot be read: {exc!r:.200}") from exc
+
+    @classmethod
+    def _load(cls, dump: Mapping[str, Any]) -> Ledger:
         ledger = cls()
         for row in dump["workers"]:
-            results = deque(_Result.load(result) for result in row["results"])
-            ledger._workers[row["worker"]] = _Worker(row["epoch"], row["last_seq"], results)
+            wire.check_id("worker", row["worker"])
+            if row["worker"] in ledger._workers:
+                raise ValueError(f"worker {row['worker']!r} comes twice")
+            worker = _Worker(
+                row["epoch"], row["last_seq"], deque(map(_Result.load, row["results"]))
+            )
+            worker.check()
+            ledger._workers[row["worker"]] = worker
         held = [(r.lsn, name, r.seq) for name, w in ledger._workers.items() for r in w.results]
         ledger._held.update(((name, seq), None) for _, name, seq in sorted(held))
         for row in dump["keys"]:
+            if not isinstance(row["key"], str) or row["key"] in ledger._keys:
+                raise ValueError(f"key {row['key']!r:.80} comes twice or is no string")
             result = {name: value for name, value in row.items() if name != "key"}
             ledger._keys[row["key"]] = _Result.load(result)
         return ledger

@@ -273,7 +273,8 @@ class Import:
             self.decoded.append((frame, *read_engine(frame)))
         frame, config, engine = self.decoded.pop()
         updates = frame.meta["updates"] - state.updates
-        state.replace_by(config, engine)
+        # What this server promises is not the file's to say.
+        state.replace_by({**config, "durability": state.config["durability"]}, engine)
         return Change(kind="import", moves=True, updates=updates)
 
 

@@ -14,7 +14,7 @@ from optserve.optim.rehearsal import rehearse
 from optserve.sessions import config as configs
 from optserve.sessions import describe, frames
 from optserve.sessions.finite import check_finite
-from optserve.sessions.ledger import Identity, Ledger
+from optserve.sessions.ledger import Identity
 from optserve.sessions.listing import page
 from optserve.sessions.operations import Import
 from optserve.sessions.replay import first_state, replay, write_frame
@@ -37,6 +37,15 @@ class Made:
     created: bool = False
     duplicate: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _check_origin(session: Session, origin: Mapping[str, Any]) -> None:
+    if session.origin != origin:
+        raise SessionExists(
+            f"session {session.id!r} exists with another configuration"
+            + configs.difference(session.origin, origin),
+            version=session.version,
+        )
 
 
 def _answer(made: Made) -> Future[Reply]:
@@ -151,13 +160,10 @@ class Registry:
         origin = configs.origin(config, layout)
         key = Key(tenant, session_id or f"s-{secrets.token_hex(8)}")
         if (session := self._sessions.get(key)) is not None:
-            if exist_ok and session.origin == origin:
-                return Made(session)
-            raise SessionExists(
-                f"session {key.session!r} exists with another configuration"
-                + configs.difference(session.origin, origin),
-                version=session.version,
-            )
+            if not exist_ok:
+                raise SessionExists(f"session {key.session!r} exists", version=session.version)
+            _check_origin(session, origin)
+            return Made(session)
         rehearse(configs.recipe(config), layout)
         record = {
             "config": config,
@@ -296,10 +302,6 @@ class Registry:
             raise Conflict(f"session {key.session!r} was created meanwhile; send the import again")
         frame = frames.decode(data)
         config, _ = read_engine(frame)
-        try:
-            Ledger.load(frame.meta["ledger"])
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise Invalid(f"the state file's ledger cannot be read: {exc!r:.200}") from exc
         config = {**config, "durability": self.store.promise}
         record = {
             "config": config,
@@ -313,6 +315,26 @@ class Registry:
         )
         return Made(made, created=True)
 
+    def check_same(self, session: Session, body: Mapping[str, Any]) -> None:
+        """Raise SessionExists if these create fields would have made another session."""
+        fields = configs.CreateFields.parse({k: v for k, v in body.items() if k != "order"})
+        config = configs.normalise(fields, session.layout, self.device, self.store.promise)
+        _check_origin(session, configs.origin(config, session.layout))
+
+    def withdraw(self, session: Session) -> Future[None]:
+        """Forget a session whose creating request was refused, if nothing happened to it since."""
+
+        def job(state: SessionState) -> None:
+            if state.lsn == 1:
+                self._forget(session)
+
+        return session.run(job)
+
+    def _forget(self, session: Session) -> None:
+        del self._sessions[session.key]
+        session.closed = True
+        self.store.delete(session.key)
+
     def delete(
         self, tenant: str, session_id: str, identity: Identity, abandon: bool = False
     ) -> Future[Reply]:
@@ -321,10 +343,7 @@ class Registry:
 
         def job(state: SessionState) -> Reply:
             state.ledger.check(identity, time.time())
-            if self._sessions.pop(session.key, None) is None:
-                raise SessionNotFound(f"no session {session_id!r}")
-            session.closed = True
-            self.store.delete(session.key)
+            self._forget(session)
             return Reply(scalars={"id": session_id, "deleted": True, "version": state.version})
 
         return session.run(job)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import structlog
+
 from optserve.optim import checkpoint
 from optserve.optim.engine import Engine
 from optserve.optim.hyper import from_json
@@ -15,6 +17,8 @@ from optserve.sessions.state import SessionState, restore
 from optserve.store import Event, Key, Payload, Store
 from optserve_client import wire
 from optserve_client.errors import Internal, SessionNotFound
+
+log = structlog.get_logger(__name__)
 
 #: A snapshot is written when replay would read more than this many events, or this many bytes and
 #: four times the state.
@@ -139,5 +143,9 @@ class SnapshotPolicy:
         large = max(SNAPSHOT_BYTES, 4 * 3 * state.layout.nbytes)
         if self._events < SNAPSHOT_EVENTS and self._bytes < large:
             return
-        self._store.snapshot(self._key, state.lsn, state.frame())
         self._events = self._bytes = 0
+        try:
+            self._store.snapshot(self._key, state.lsn, state.frame())
+        except Exception:
+            # The event is committed, and its request must not hear that it failed.
+            log.exception("no snapshot was written", session=self._key.session)

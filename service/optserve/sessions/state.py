@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optserve.optim import checkpoint, rehearsal
+from optserve.optim import checkpoint, imported
 from optserve.optim.engine import Engine, Outcome
 from optserve.optim.gradients import Inspected
 from optserve.optim.layout import Layout
 from optserve.sessions import config as configs
 from optserve.sessions import frames
+from optserve.sessions.fields import shown
 from optserve.sessions.intake import Step
 from optserve.sessions.ledger import Identity, Ledger
 from optserve.store import Event
@@ -188,6 +189,10 @@ class SessionState:
         return replace(self, engine=engine, ledger=copy.deepcopy(self.ledger))
 
 
+#: What Python, torch and the optimizers raise over pieces that do not fit.
+_UNFIT = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError)
+
+
 def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
     """Return config and engine of a state file from outside, everything checked.
 
@@ -195,17 +200,24 @@ def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
     copy must go through: nothing that a caller can upload may break a later request.
     """
     layout = frame.layout
+    Ledger.load(frame.meta["ledger"])
     try:
         config = configs.renormalise(frame.meta["config"], layout)
         recipe = configs.recipe(config)
         engine = checkpoint.load(recipe, layout, frame.meta["engine"], frame.tensors)
-        rehearsal.check_imported(engine)
+        imported.check(engine)
         counters = [frame.meta[name] for name in ("version", "updates")]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as exc:
-        raise Invalid(f"the state file's pieces do not belong together: {exc!r:.200}") from exc
+    except KeyError as exc:
+        raise Invalid(f"the state file lacks {shown(exc.args[0])}") from exc
+    except _UNFIT as exc:
+        raise Invalid(f"the state file's pieces do not belong together: {_reason(exc)}") from exc
     if not all(type(n) is int and 0 <= n < 2**53 for n in counters):
         raise Invalid(f"the state file's version and updates must be counts, got {counters!r:.80}")
     return config, engine
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc)[:200] or type(exc).__name__
 
 
 def restore(meta: Mapping[str, Any], engine: Engine) -> SessionState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,12 +131,17 @@ def apply(
         kind=kind,
         moves=outcome.applied,
         updates=int(outcome.applied),
-        outcome={"clip_coef": outcome.clip_coef, "moved": outcome.moved},
+        # A coefficient that no JSON holds is left out: replay then computes the same one again.
+        outcome={"clip_coef": _finite(outcome.clip_coef), "moved": outcome.moved},
         reply=_reply(state, outcome, **extra),
         payload=step.payload,
         grad_norm=outcome.grad_norm,
         **common,
     )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _reply(state: SessionState, outcome: Outcome, **extra: Any) -> dict[str, Any]:

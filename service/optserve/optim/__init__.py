@@ -1,0 +1,1 @@
+"""Numbers only: catalogue, schedules and one update; the only importer of torch."""

@@ -1,0 +1,1 @@
+"""Who may step, and in what order: sessions, their journal and their replies."""
