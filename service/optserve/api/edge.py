@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from optserve.api.problems import problem_response
+from optserve_client.errors import Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -18,6 +19,7 @@ DRAIN_S = 1.0
 #: How long the rest of a larger body is thrown away after the refusal was sent. Closing at once
 #: would reset the connection, and a client that is still sending would never see why.
 LINGER_S = 5.0
+STOPPING = "the server stops before this was answered; repeat the request to learn what it did"
 
 
 class Edge:
@@ -37,6 +39,10 @@ class Edge:
             await self.app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             log.debug("client went away", path=scope["path"])
+        except asyncio.CancelledError:  # the server stops and waited long enough
+            if exchange.started:
+                raise
+            await exchange.refuse(Unavailable(STOPPING, retry_after=1))
         except Exception as exc:
             if exchange.started:
                 raise  # half an answer is out: only closing the connection tells the client

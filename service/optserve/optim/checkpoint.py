@@ -32,9 +32,11 @@ def dump(engine: Engine) -> tuple[dict[str, Any], dict[str, wire.Tensor]]:
         "groups": [
             {
                 "params": [names[id(p)] for p in group["params"]],
-                "hyper": flatten({k: v for k, v in group.items() if k not in FLAGS})[0],
+                "hyper": flatten(
+                    {k: v for k, v in group.items() if k not in FLAGS}, f"group/{i}", tensors
+                )[0],
             }
-            for group in engine.optimizer.param_groups
+            for i, group in enumerate(engine.optimizer.param_groups)
         ],
         "state": {
             name: flatten(catalogue.read_state(engine.optimizer, p), f"state/{name}", tensors)[0]

@@ -17,11 +17,13 @@ def shown(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Return a hyperparameter as JSON has it: tuples are lists, one-element tensors numbers."""
+    """Return a hyperparameter as JSON has it: tuples are lists, tensors numbers, dtypes names."""
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, torch.Tensor):
         return value.tolist()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     return value
 
 

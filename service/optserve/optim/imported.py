@@ -33,7 +33,7 @@ def check(engine: Engine) -> None:
     with torchs_refusals():
         fresh = Engine(recipe, engine.layout, None)
         step(fresh)
-    _check_groups(engine)
+    _check_groups(engine, fresh)
     _check_state(engine, fresh)
     _check_averages(engine)
     _check_window(engine.window, engine)
@@ -42,14 +42,19 @@ def check(engine: Engine) -> None:
         step(checkpoint.load(recipe, engine.layout, *checkpoint.dump(engine)))
 
 
-def _check_groups(engine: Engine) -> None:
+def _check_groups(engine: Engine, fresh: Engine) -> None:
     for i, group in enumerate(engine.optimizer.param_groups):
+        usual = fresh.optimizer.param_groups[i]
         for name, value in group.items():
             where, known = f"groups[{i}].{name}", engine.entry.hyperparameters.get(name)
             if name in FLAGS:
                 continue
-            if any(isinstance(part, torch.Tensor) for part in _parts(value)):
-                raise Invalid(f"{where} of the state file must not be a tensor")
+            kinds = _kinds(value)
+            if kinds and kinds != _kinds(usual.get(name)):
+                raise Invalid(
+                    f"{where} of the state file is a tensor, which {engine.entry.name} does not "
+                    "make for this group"
+                )
             if name in _SCHEDULED:
                 for part in _parts(value):
                     if part is not None and not _is_number(part):
@@ -136,6 +141,12 @@ def _is_count(value: Any) -> bool:
 
 def _parts(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _kinds(value: Any) -> list[tuple[Any, ...]]:
+    """Return dtype and shape of the tensors in a group's value."""
+    tensors = [part for part in _parts(value) if isinstance(part, torch.Tensor)]
+    return [(str(tensor.dtype), *tensor.shape) for tensor in tensors]
 
 
 def _leaves(state: Any, key: str = "") -> dict[str, list[torch.Tensor]]:

@@ -19,4 +19,7 @@ def torchs_refusals() -> Iterator[None]:
         RuntimeError, ValueError, TypeError, IndexError, KeyError, ArithmeticError, AttributeError,
         AssertionError,
     ) as exc:  # fmt: skip
-        raise TorchRefused(str(exc) or type(exc).__name__) from exc
+        kind = type(exc).__name__
+        # A KeyError says nothing but the key.
+        said = f"{kind}: {exc}" if isinstance(exc, KeyError) else str(exc)
+        raise TorchRefused(said or kind) from exc

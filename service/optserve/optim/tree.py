@@ -10,6 +10,7 @@ So every value that JSON does not have is written as an object with the one key 
     inf                   {"$float": "inf"}
     tensor                {"$tensor": "state/w/exp_avg"}    the name under which it is stored
     tensor not on the CPU {"$device": "state/w/exp_avg"}    it goes back to the session's device
+    transposed tensor     {"$strided": [{"$tensor": ...}, [1, 0]]}    the dims, outermost first
     torch.float32         {"$dtype": "float32"}
 """
 
@@ -49,7 +50,12 @@ def _flatten(obj: Any, at: str, tensors: dict[str, torch.Tensor]) -> Json:
             while at in tensors:  # a param name with a slash can meet another one's state
                 at += "+"
             tensors[at] = obj.detach()
-            return {"$tensor" if obj.device.type == "cpu" else "$device": at}
+            saved = {"$tensor" if obj.device.type == "cpu" else "$device": at}
+            # A product with a transposed matrix differs in the last bits from one with its copy.
+            strides = obj.stride()
+            order = sorted(range(obj.dim()), key=lambda dim: -strides[dim])
+            transposed = not obj.is_contiguous() and obj.permute(order).is_contiguous()
+            return {"$strided": [saved, order]} if transposed else saved
         case torch.dtype():
             return {"$dtype": str(obj).removeprefix("torch.")}
         case list():
@@ -99,6 +105,11 @@ def _tagged(tag: str, value: Json, tensors: Mapping[str, torch.Tensor], device: 
             return tensors[value]
         case "$device":
             return tensors[value].to(device)
+        case "$strided":
+            saved, order = value
+            inverse = [order.index(dim) for dim in range(len(order))]
+            tensor: torch.Tensor = unflatten(saved, tensors, device)
+            return tensor.permute(order).contiguous().permute(inverse)
         case "$dtype":
             dtype = getattr(torch, value, None)
             if not isinstance(dtype, torch.dtype):
