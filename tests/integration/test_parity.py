@@ -54,9 +54,15 @@ def chosen() -> list[Cell]:
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[httpx.Client]:
-    flags = ("--threads", str(torch.get_num_threads()))
-    with ServerProcess(*flags) as server, httpx.Client(base_url=server.url, timeout=120) as client:
+    """A server with one thread, like this side: two that spin would halve each other's speed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with (
+        ServerProcess("--threads", "1") as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
+    ):
         yield client
+    torch.set_num_threads(before)
 
 
 def encoded(fields: dict[str, Any], tensors: local.Arrays, kind: str, how: str) -> dict[str, Any]:

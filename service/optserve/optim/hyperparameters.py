@@ -37,7 +37,7 @@ _BOUNDS: dict[str, tuple[float, float, bool]] = {
     "history_size": (1, 10_000, False),
     "tolerance_grad": (0.0, math.inf, False),
     "tolerance_change": (0.0, math.inf, False),
-    "k": (1, 1_000_000, False),
+    "k": (1, 1_000, False),
     "num_iterations": (1, 2**53, False),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -99,7 +99,8 @@ class Hyper:
     def _check_one(self, value: Any, where: str) -> Any:
         if not self._admits(value):
             raise Invalid(f"{where} must be {self.bound()}, got {value!r:.80}", field=where)
-        return value
+        # A float also where JSON has 1: Python would compute a power of two ints digit by digit.
+        return float(value) if self.kind in ("number", "numbers") else value
 
     def _admits(self, value: Any) -> bool:
         if self.kind == "boolean":

@@ -17,8 +17,11 @@ from optserve.optim.arena import Arena
 from optserve.optim.refusals import torchs_refusals
 
 
-class _NeedEvaluation(Exception):
-    """The record ended: torch wants loss and gradient at the params as they are now."""
+class _NeedEvaluation(BaseException):
+    """The record ended: torch wants loss and gradient at the params as they are now.
+
+    No Exception, which on its way out of torch's step would be taken for a refusal.
+    """
 
 
 class LineSearch:
