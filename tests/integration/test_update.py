@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optserve.sessions.registry import Registry
 from optserve_client import wire
-from optserve_client.errors import Conflict, Invalid, Nonfinite
+from optserve_client.errors import Conflict, Invalid, Nonfinite, VersionConflict
 from tests import local
 from tests.local import arrays, assert_equal, create, exported, params_of, step
 
@@ -39,6 +39,20 @@ def test_ema_is_torchs_averaged_model(made: Registry) -> None:
         average.update_parameters(model)
     ema = session.published("ema").result(10)
     assert_equal(ema.arrays(), {name: average.module[name] for name in params})
+
+
+def test_ema_goes_on_after_export_and_import(made: Registry) -> None:
+    session = create(made, {**SGD, "ema": {"decay": 0.9}}, arrays(1))
+    for seed in range(2):
+        step(session, arrays(seed))
+    made.import_session("default", "copy", exported(session), local.NOBODY).result(10)
+    averages = []
+    for one in (session, made.get("default", "copy")):
+        step(one, arrays(5))
+        averages.append(one.published("ema").result(10).arrays())
+    live = session.published().result(10).arrays()
+    assert all(np.array_equal(averages[0][n], averages[1][n]) for n in live)
+    assert not np.array_equal(averages[1]["w"], live["w"])
 
 
 def test_ema_is_the_params_before_the_first_update(made: Registry) -> None:
@@ -125,16 +139,21 @@ def test_bfloat16_has_torchs_bfloat16_moments(made: Registry) -> None:
     assert_equal(params_of(reply), {"w": leaf})
 
 
-def test_loss_scale_is_what_gradscaler_unscales(made: Registry) -> None:
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_loss_scale_is_what_gradscaler_unscales(made: Registry, dtype: str) -> None:
     scale = 3.0 * 2**10  # no power of two: 1 / scale is rounded
-    session = create(made, SGD, arrays(1))
-    scaled = {n: np.asarray(g * np.float32(scale)) for n, g in arrays(2).items()}
+    params = arrays(1, dtype=dtype)
+    session = create(made, SGD, params)
+    scaled = {n: np.asarray(g * scale, dtype) for n, g in arrays(2, dtype=dtype).items()}
     reply = step(session, scaled, loss_scale=scale)
-    leaves = local.leaves(arrays(1))
+    leaves = local.leaves(params)
     local.set_grads(leaves, scaled)
     inverse = torch.tensor(scale).double().reciprocal().float()  # as GradScaler.unscale_ does
-    grads = [leaf.grad for leaf in leaves.values() if leaf.numel()]
-    torch._amp_foreach_non_finite_check_and_unscale_(grads, torch.zeros(1), inverse)
+    for leaf in leaves.values():
+        if leaf.dtype == torch.float32:
+            torch._amp_foreach_non_finite_check_and_unscale_([leaf.grad], torch.zeros(1), inverse)
+        else:  # torch's kernel takes no float64 on the CPU
+            leaf.grad *= inverse.double()
     torch.optim.SGD(leaves.values(), lr=0.5, foreach=False).step()
     assert_equal(params_of(reply), leaves)
 
@@ -172,6 +191,16 @@ def test_the_norm_goes_over_all_groups_in_the_order_of_the_params(made: Registry
     ).step()
     assert_equal(params_of(reply), leaves)
     assert reply.scalars["grad_norm"] == float(norm)
+
+
+def test_the_norm_of_a_window_is_that_of_its_sum(made: Registry) -> None:
+    session = create(made, {**SGD, "accumulate": 2, "clip_grad_norm": 1.0}, arrays(1))
+    first = step(session, arrays(2))
+    second = step(session, arrays(3))
+    one = {n: torch.tensor(g) for n, g in arrays(2).items()}
+    both = {n: one[n] + torch.tensor(g) for n, g in arrays(3).items()}
+    assert first.scalars["grad_norm"] == float(torch.nn.utils.get_total_norm(one.values()))
+    assert second.scalars["grad_norm"] == float(torch.nn.utils.get_total_norm(both.values()))
 
 
 def test_none_leaves_a_parameter_and_its_moments_alone(made: Registry) -> None:
@@ -217,6 +246,17 @@ def test_maximize_is_torchs_maximize(made: Registry) -> None:
     local.set_grads(leaves, arrays(2))
     torch.optim.Adam(leaves.values(), lr=0.1, foreach=False, maximize=True).step()
     assert_equal(params_of(reply), leaves)
+
+
+def test_base_version_must_be_the_version(made: Registry) -> None:
+    session = create(made, SGD, arrays(1))
+    step(session, arrays(2), base_version=0)
+    before = exported(session)
+    with pytest.raises(VersionConflict) as caught:
+        step(session, arrays(3), base_version=0)
+    assert caught.value.detail == "base_version is 0, the session's version is 1"
+    assert caught.value.extra["version"] == 1
+    assert exported(session) == before
 
 
 def test_delta_is_new_minus_old(made: Registry) -> None:
@@ -307,6 +347,22 @@ def test_sparse_rows_with_duplicates_are_summed_first(made: Registry) -> None:
         leaf.grad = coo.coalesce()
         optimizer.step()
         assert_equal(params_of(reply), {"emb": leaf})
+
+
+def test_duplicates_of_a_class_that_would_add_them_one_by_one_are_summed_first(
+    made: Registry,
+) -> None:
+    params = {"emb": arrays(1)["w"]}
+    session = create(made, {**SGD, "sparse": ["emb"]}, params)
+    rng = np.random.default_rng(3)
+    indices, values = rng.integers(0, 5, (1, 60)), rng.normal(size=(60, 7)).astype("f4")
+    grad = {"indices": indices.tolist(), "values": values.tolist(), "shape": [5, 7]}
+    request = session.step_from_json({"grads": {"emb": grad}}, b"")
+    reply = session.step(request, local.NOBODY).result(10)
+    leaf = torch.nn.Parameter(torch.tensor(params["emb"]))
+    leaf.grad = torch.sparse_coo_tensor(indices, values, (5, 7), check_invariants=True).coalesce()
+    torch.optim.SGD([leaf], lr=0.5).step()
+    assert_equal(params_of(reply), {"emb": leaf})
 
 
 def test_a_row_beyond_the_table_is_refused_although_torchs_sgd_takes_it(made: Registry) -> None:

@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 #: A snapshot is written when replay would read more than this many events, or this many bytes and
 #: four times the state.
 SNAPSHOT_EVENTS = 1_000
-SNAPSHOT_BYTES = 64 * 2**20
+SNAPSHOT_BYTES = 4 * 2**20
 
 
 def write_frame(store: Store, buffers: Iterable[bytes | memoryview]) -> Payload:

@@ -1,0 +1,159 @@
+"""Bad input over real HTTP: each row has a status, a code and a whole sentence, and changes nothing.
+
+The rows go to a server process as bytes. After each of them the exported state of the sessions that
+it could have changed is byte for byte what it was, and so is the list of sessions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import pytest
+
+from optserve_client import wire
+from optserve_client.wire import META_KEY, SAFETENSORS
+from tests.serving import ServerProcess
+
+JSON = {"content-type": "application/json"}
+BINARY = {"content-type": SAFETENSORS}
+
+V = "/v1/sessions"
+#: AdamW; one step of worker ``me``, one with an Idempotency-Key.
+A = f"{V}/bad-adamw"
+#: SGD in two groups with a manual scheduler, EMA, and an accumulation window that is open.
+WINDOW = f"{V}/bad-window"
+#: LBFGS with an open line search.
+SEARCH = f"{V}/bad-search"
+#: SparseAdam.
+SPARSE = f"{V}/bad-sparse"
+#: bfloat16, with a scheduler that follows a metric after each update.
+HALF = f"{V}/bad-half"
+#: float64, with a scheduler whose next step cannot be computed.
+DOUBLE = f"{V}/bad-double"
+#: An id that nobody has.
+NEW = f"{V}/bad-new"
+
+W = [[1.0, 2.0], [3.0, 4.0]]
+PARAMS: dict[str, Any] = {"w": W, "b": 0.5}
+GRADS: dict[str, Any] = {"w": [[1.0, -1.0], [0.5, 0.25]], "b": -2.0}
+ROWS_OF_E = {"indices": [[0, 2]], "values": [[1.0, 2.0], [3.0, 4.0]], "shape": [3, 2]}
+
+CREATES: dict[str, dict[str, Any]] = {
+    A: {"optimizer": {"name": "AdamW", "lr": 0.1}, "params": PARAMS, "name": "n"},
+    WINDOW: {
+        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        "params": PARAMS,
+        "groups": [{"params": ["b"], "lr": 0.01}],
+        "scheduler": {"name": "StepLR", "step_size": 2},
+        "accumulate": 3,
+        "ema": {},
+        "best": {},
+        "clip_grad_norm": 1.0,
+    },
+    SEARCH: {"optimizer": {"name": "LBFGS", "max_iter": 4}, "params": PARAMS},
+    SPARSE: {"optimizer": "SparseAdam", "params": {"e": [[1, 2], [3, 4], [5, 6]]}, "sparse": ["e"]},
+    HALF: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": PARAMS,
+        "dtype": "bfloat16",
+        "scheduler": {"name": "ReduceLROnPlateau", "advance": "step", "monitor": "acc"},
+    },
+    DOUBLE: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": {"w": W},
+        "dtype": "float64",
+        "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (3 - epoch)", "advance": "step"},
+    },
+}
+
+
+class Row(NamedTuple):
+    """A request and what it must come to."""
+
+    method: str
+    url: str
+    sent: dict[str, Any]
+    status: int
+    code: str
+    #: The whole detail; ``<at>`` stands for generation.version, ``<generation>`` for that alone.
+    sentence: str
+
+
+# --- bodies --------------------------------------------------------------------------------------
+
+
+def body(value: Any) -> dict[str, Any]:
+    return text(json.dumps(value))
+
+
+def text(content: str | bytes, **headers: str) -> dict[str, Any]:
+    raw = content if isinstance(content, bytes) else content.encode()
+    return {"content": raw, "headers": {**JSON, **named(headers)}}
+
+
+def named(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def step(**fields: Any) -> dict[str, Any]:
+    return body({"grads": GRADS, **fields})
+
+
+def create(**fields: Any) -> dict[str, Any]:
+    return body({"optimizer": "SGD", "params": PARAMS, **fields})
+
+
+def optimizer(name: str, **hyper: Any) -> dict[str, Any]:
+    return create(optimizer={"name": name, **hyper})
+
+
+def scheduled(name: str, **fields: Any) -> dict[str, Any]:
+    return body({"name": name, **fields})
+
+
+def with_headers(sent: dict[str, Any], **headers: str) -> dict[str, Any]:
+    return {**sent, "headers": {**sent.get("headers", {}), **named(headers)}}
+
+
+def raw(content: bytes) -> dict[str, Any]:
+    return {"content": content, "headers": BINARY}
+
+
+def frame(tensors: Mapping[str, Any], fields: Any = None) -> dict[str, Any]:
+    metadata = None if fields is None else {META_KEY: json.dumps(fields)}
+    made = {n: t if isinstance(t, wire.Bits) else np.asarray(t) for n, t in tensors.items()}
+    return raw(b"".join(wire.encode(made, metadata)))
+
+
+def header(text: str, data: bytes = b"") -> dict[str, Any]:
+    """A frame with this header."""
+    return raw(len(text).to_bytes(8, "little") + text.encode() + data)
+
+
+def f4(value: Any) -> np.ndarray:
+    return np.array(value, "<f4")
+
+
+def grads(**more: Any) -> dict[str, Any]:
+    return {"grad/w": f4(GRADS["w"]), "grad/b": f4(GRADS["b"]), **more}
+
+
+def params(**more: Any) -> dict[str, Any]:
+    return {"param/w": f4(W), "param/b": f4(0.5), **more}
+
+
+def coo(indices: Any, values: Any) -> dict[str, Any]:
+    return {"sparse/e/indices": np.array(indices, "<i8"), "sparse/e/values": f4(values)}
+
+
+def base64(dtype: str, shape: list[int], data: str) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data": data}
+
+
+GOOD = wire.tensor_to_json(f4(GRADS["w"]), "base64")["data"]
+FRAME = frame(grads())["content"]
+EOF
