@@ -90,7 +90,9 @@ def _from_base64(value: dict[str, Any], name: str) -> Tensor:
         or len(shape) > MAX_RANK
         or not all(type(n) is int and 0 <= n < 2**63 for n in shape)
     ):
-        raise Invalid(f"{name}.shape must be a list of at most {MAX_RANK} integers >= 0")
+        raise Invalid(
+            f"{name}.shape must be a list of at most {MAX_RANK} integers >= 0, got {shape!r:.80}"
+        )
     if not isinstance(data, str):
         raise Invalid(f"{name}.data must be a base64 string, got {_json_word(data)}")
     try:

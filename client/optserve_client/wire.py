@@ -235,9 +235,11 @@ def _tensor_info(name: str, entry: Any) -> TensorInfo:
     except Invalid as exc:
         raise Malformed(f"{what}: {exc.detail}") from exc
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_natural, shape)):
-        raise Malformed(f"{what}: shape must be a list of at most {MAX_RANK} integers >= 0")
+        raise Malformed(
+            f"{what}: shape must be a list of at most {MAX_RANK} integers >= 0, got {shape!r:.80}"
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
-        raise Malformed(f"{what}: data_offsets must be two integers >= 0")
+        raise Malformed(f"{what}: data_offsets must be two integers >= 0, got {offsets!r:.80}")
     begin, end = offsets
     try:
         want = nbytes(dtype, shape)

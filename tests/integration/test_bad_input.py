@@ -34,6 +34,8 @@ SPARSE = f"{V}/bad-sparse"
 HALF = f"{V}/bad-half"
 #: float64, with a scheduler whose next step cannot be computed.
 DOUBLE = f"{V}/bad-double"
+#: Imported with a ledger in which worker ``me`` has reached epoch 2.
+FENCED = f"{V}/bad-fenced"
 #: An id that nobody has.
 NEW = f"{V}/bad-new"
 
@@ -66,7 +68,7 @@ CREATES: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "SGD", "lr": 0.1},
         "params": {"w": W},
         "dtype": "float64",
-        "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (3 - epoch)", "advance": "step"},
+        "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (5 - epoch)", "advance": "step"},
     },
 }
 
@@ -156,4 +158,62 @@ def base64(dtype: str, shape: list[int], data: str) -> dict[str, Any]:
 
 GOOD = wire.tensor_to_json(f4(GRADS["w"]), "base64")["data"]
 FRAME = frame(grads())["content"]
-EOF
+
+
+class Tampered(NamedTuple):
+    """The state file of a session, with pieces changed. It is made when the session exists."""
+
+    session: str
+    #: By path: ``engine__groups__0__hyper__lr``.
+    fields: dict[str, Any]
+    #: By name; None takes one out.
+    tensors: dict[str, Any]
+    #: Bytes that are missing at its end.
+    cut: int
+
+    def sent(self, http: httpx.Client) -> dict[str, Any]:
+        tensors, metadata = wire.decode(http.get(f"{self.session}/state").content)
+        meta = json.loads(metadata[META_KEY])
+        meta["ledger"] = json.loads(bytes(np.asarray(tensors["ledger"])))
+        for path, value in self.fields.items():
+            *above, last = [int(s) if s.isdigit() else s for s in path.split("__")]
+            inside = meta
+            for step in above:
+                inside = inside[step]
+            inside[last] = value
+        ledger = np.frombuffer(json.dumps(meta.pop("ledger")).encode(), "u1")
+        changed = {**tensors, "ledger": ledger, **self.tensors}
+        made = frame({n: t for n, t in changed.items() if t is not None}, meta)
+        return raw(made["content"][: len(made["content"]) - self.cut])
+
+
+def state(
+    session: str, *, tensors: dict[str, Any] | None = None, cut: int = 0, **fields: Any
+) -> Tampered:
+    return Tampered(session, fields, tensors or {}, cut)
+
+
+# --- the sessions --------------------------------------------------------------------------------
+
+
+def make(http: httpx.Client) -> None:
+    """Create the sessions and give each a history."""
+    for url, fields in CREATES.items():
+        assert http.put(url, json=fields).status_code == 201
+    half = {n: wire.tensor_to_json(wire.Bits.bfloat16(f4(g)), "base64") for n, g in GRADS.items()}
+    steps = [
+        (A, step(worker="me", epoch=1, seq=1)),
+        (A, with_headers(step(loss=0.5), idempotency_key="key-1")),
+        *((A, step(worker="long", seq=seq)) for seq in range(1, 18)),
+        (WINDOW, step(loss=0.5)),
+        (SEARCH, step(loss=1.0)),
+        (SEARCH, step(loss=0.5)),
+        (SPARSE, body({"grads": {"e": ROWS_OF_E}})),
+        (HALF, body({"grads": half, "metrics": {"acc": 0.5}})),
+        *((DOUBLE, body({"grads": {"w": W}})) for _ in range(4)),
+    ]
+    for url, sent in steps:
+        reply = http.post(f"{url}/step", **sent)
+        assert reply.status_code == 200, reply.text
+    reply = http.put(f"{FENCED}/state", **state(A, ledger__workers__0__epoch=2).sent(http))
+    assert reply.status_code == 201, reply.text

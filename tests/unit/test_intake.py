@@ -404,12 +404,12 @@ BAD_FRAMES: list[tuple[bytes, type[OptserveError], str]] = [
     (
         frame(without("sparse/emb/values")),
         Invalid,
-        "the sparse gradient of 'emb' lacks sparse/<name>/values",
+        "the sparse gradient of 'emb' lacks 'sparse/emb/values'",
     ),
     (
         frame(without("sparse/emb/indices")),
         Invalid,
-        "the sparse gradient of 'emb' lacks sparse/<name>/indices",
+        "the sparse gradient of 'emb' lacks 'sparse/emb/indices'",
     ),
     (
         frame(without(**{"sparse/emb/indices": np.zeros((1, 3), np.int32)})),

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from optserve.api.bodies import Body, Kind, body_kind, settings_of
 from optserve.api.json_text import loads, loads_object
 from optserve.api.waiting import off_loop
+from optserve.optim import devices
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import MAX_INT, shown, unknown
 from optserve.sessions.ledger import KEY_LENGTH, Identity, check_identity
@@ -96,6 +97,15 @@ def digest_of(request: Request, what: str, body: bytes | bytearray) -> bytes:
     hasher.update(b"\n")
     hasher.update(body)
     return hasher.digest()
+
+
+def list_dtype(fields: Mapping[str, Any]) -> str | None:
+    """Return the wire tag that lists of numbers in a create body become: the session's, if said.
+
+    A dtype that no session has is refused later, with those that it can have.
+    """
+    dtype = fields.get("dtype")
+    return wire.dtype_tag(dtype) if dtype in devices.DTYPES else None
 
 
 # --- what it says --------------------------------------------------------------------------------

@@ -96,6 +96,10 @@ def _explain(exc: orjson.JSONDecodeError, text: bytes, what: str) -> str:
         return f"{what} is empty, expected JSON"
     if text.startswith(b"\xef\xbb\xbf"):
         return f"{what} begins with a byte order mark; JSON is UTF-8 without one"
+    try:
+        text.decode()
+    except UnicodeDecodeError as fault:
+        return f"{what} is not UTF-8: {fault.reason} at byte {fault.start}"
     # orjson counts characters, the caller looks at bytes; they agree unless text is not ASCII.
     at = len(exc.doc[: exc.pos].encode()) if isinstance(exc.doc, str) else exc.pos
     for start in (max(at - 1, 0), at):  # orjson points behind the minus

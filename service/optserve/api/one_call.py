@@ -12,7 +12,13 @@ import xxhash
 from starlette.requests import Request
 
 from optserve.api.bodies import Body, body_kind, settings_of
-from optserve.api.decode import digest_of, frame_fields, params_of_frame, tensors_from_json
+from optserve.api.decode import (
+    digest_of,
+    frame_fields,
+    list_dtype,
+    params_of_frame,
+    tensors_from_json,
+)
 from optserve.api.json_text import loads_object
 from optserve.api.routing import TENANT, registry_of
 from optserve.api.waiting import done, off_loop
@@ -119,8 +125,7 @@ async def _from_json(request: Request, made: list[Session]) -> FirstUse:
     session = call.find(registry)
     if session is None:
         given, create = call.step.get("params"), call.create or {}
-        dtype = create.get("dtype")
-        tag = wire.dtype_tag(dtype) if isinstance(dtype, str) else None
+        tag = list_dtype(create)
         params = await off_loop(len(raw), tensors_from_json, given or {}, "params", tag, None)
         session = await call.make(registry, params, list(params), made)
     if made:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from optserve.api.decode import Claim, Incoming, read_request
+from optserve.api.decode import Claim, Incoming, list_dtype, read_request
 from optserve.api.openapi import BINARY, operation
 from optserve.api.replies import encode_reply, json_response
 from optserve.api.routing import (
@@ -24,7 +24,6 @@ from optserve.api.waiting import done
 from optserve.sessions.operations import Patch
 from optserve.sessions.registry import Registry
 from optserve.sessions.reply import Reply
-from optserve_client import wire
 from optserve_client.errors import (
     Conflict,
     Invalid,
@@ -94,12 +93,6 @@ async def create(
             TENANT, session_id, fields, params or {}, order, incoming.identity, exist_ok=exist_ok
         )
     )
-
-
-def list_dtype(fields: dict[str, Any]) -> str | None:
-    """Return the wire tag that lists of numbers become: that of the session, if it says so."""
-    dtype = fields.get("dtype")
-    return wire.dtype_tag(dtype) if isinstance(dtype, str) else None
 
 
 @routes.get("/v1/sessions", **operation("List sessions", reply="SessionPage"))

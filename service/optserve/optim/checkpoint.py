@@ -79,6 +79,8 @@ def load(
     for name, saved in meta["state"].items():
         state = unflatten(saved, found, device)
         catalogue.write_state(engine.optimizer, engine.parameters[name], state)
+    if (wanted := len(engine.optimizer.param_groups)) != (count := len(meta["groups"])):
+        raise ValueError(f"groups has {count} entries, the configuration makes {wanted}")
     for group, entry in zip(engine.optimizer.param_groups, meta["groups"], strict=True):
         hyper = unflatten(entry["hyper"], found, device)
         if taken := FLAGS & hyper.keys():

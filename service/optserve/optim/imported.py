@@ -22,6 +22,8 @@ from optserve_client.errors import Invalid
 
 #: Hyperparameters that schedulers write, also beyond the bounds of a caller's.
 _SCHEDULED = ("lr", "momentum", "betas")
+#: What schedulers write beside these; it stays when another one takes over.
+_LEFT_BY_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 
 
 def check(engine: Engine) -> None:
@@ -49,16 +51,18 @@ def _check_groups(engine: Engine, fresh: Engine) -> None:
             where, known = f"groups[{i}].{name}", engine.entry.hyperparameters.get(name)
             if name in FLAGS:
                 continue
+            if name not in usual and name not in _LEFT_BY_SCHEDULERS:
+                raise Invalid(f"{where} of the state file: {engine.entry.name} has no {name}")
             kinds = _kinds(value)
             if kinds and kinds != _kinds(usual.get(name)):
                 raise Invalid(
                     f"{where} of the state file is a tensor, which {engine.entry.name} does not "
                     "make for this group"
                 )
-            if name in _SCHEDULED:
+            if name in (*_SCHEDULED, *_LEFT_BY_SCHEDULERS):
                 for part in _parts(value):
                     if part is not None and not _is_number(part):
-                        raise Invalid(f"{where} must be finite, got {value!r:.80}")
+                        raise Invalid(f"{where} must be a finite number, got {value!r:.80}")
             elif known is not None and value != known.default:
                 known.check(value, where)
 
@@ -121,7 +125,10 @@ def _check_line_search(engine: Engine) -> None:
     if search.trial is None:
         raise Invalid("the state file has an open line search without the params to evaluate at")
     want = ((engine.params.flat.numel(),), engine.params.flat.dtype)
-    for i, (loss, gradient) in enumerate(search.record):
+    for i, evaluation in enumerate(search.record):
+        if not isinstance(evaluation, tuple) or len(evaluation) != 2:
+            raise Invalid(f"line_search[{i}] must be a loss and a gradient, got {evaluation!r:.80}")
+        loss, gradient = evaluation
         if not _is_number(loss):
             raise Invalid(f"line_search[{i}] has the loss {loss!r:.80}, must be a finite number")
         if (tuple(gradient.shape), gradient.dtype) != want:

@@ -157,6 +157,9 @@ def load_object(text: str, what: str, limit: int | None = TEXT_LIMIT_BYTES) -> d
         )
         if "\\u" in text:  # only an escape can bring a lone surrogate, which no reply could carry
             json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        found = ord(exc.object[exc.start])
+        raise Malformed(f"{what} holds the lone surrogate U+{found:04X}") from exc
     except RecursionError as exc:
         raise Malformed(f"{what} is nested too deeply") from exc
     except ValueError as exc:

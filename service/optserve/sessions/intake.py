@@ -176,7 +176,9 @@ class StepIntake:
     def _check_sparse(self, name: str, pair: dict[str, wire.TensorInfo]) -> None:
         for half in ("indices", "values"):
             if half not in pair:
-                raise Invalid(f"the sparse gradient of {shown(name)} lacks sparse/<name>/{half}")
+                raise Invalid(
+                    f"the sparse gradient of {shown(name)} lacks {shown(f'sparse/{name}/{half}')}"
+                )
         indices, values = pair["indices"], pair["values"]
         if indices.dtype != "I64":
             have = wire.dtype_name(indices.dtype)

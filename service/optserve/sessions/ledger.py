@@ -255,8 +255,10 @@ class Ledger:
         """Return the ledger that :meth:`dump` was taken of; Invalid if it was not of one."""
         try:
             return cls._load(dump)
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise Invalid(f"the state file's ledger cannot be read: {exc!r:.200}") from exc
+        except KeyError as exc:
+            raise Invalid(f"the state file's ledger lacks {exc}") from exc
+        except (TypeError, ValueError, AttributeError) as exc:
+            raise Invalid(f"the state file's ledger cannot be read: {str(exc)[:200]}") from exc
 
     @classmethod
     def _load(cls, dump: Mapping[str, Any]) -> Ledger:

@@ -62,7 +62,8 @@ def check_params(params: Mapping[str, wire.Tensor], state: SessionState) -> None
     """Refuse params that are not exactly the session's, and dtypes that would round."""
     layout = state.layout
     if missing := [name for name in layout.names if name not in params]:
-        raise Invalid(f"params lacks {missing[0]!r} (and {len(missing) - 1} more)")
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise Invalid(f"params lacks {missing[0]!r}{more}")
     for name, tensor in params.items():
         if name not in layout.by_name:
             raise Invalid(f"params[{name!r}]: the session has no such parameter")

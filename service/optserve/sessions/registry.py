@@ -243,6 +243,11 @@ class Registry:
             key = Key(tenant, fields.id or f"s-{secrets.token_hex(8)}")
             if key in self._sessions:
                 raise SessionExists(f"session {key.session!r} exists")
+            if fields.version is not None and fields.version > state.version:
+                raise Invalid(
+                    f"version must be in [0, {state.version}], got {fields.version}",
+                    field="version",
+                )
             past = state
             if fields.version is not None and fields.version != state.version:
                 past = replay(self.store, source.key, self._lsn_of(source.key, fields.version))

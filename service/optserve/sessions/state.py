@@ -200,6 +200,9 @@ def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
     copy must go through: nothing that a caller can upload may break a later request.
     """
     layout = frame.layout
+    for name in ("config", "engine"):
+        if not isinstance(frame.meta.get(name), dict):
+            raise Invalid(f"{name} must be an object, got {shown(frame.meta.get(name))}")
     Ledger.load(frame.meta["ledger"])
     try:
         config = configs.renormalise(frame.meta["config"], layout)
@@ -212,7 +215,7 @@ def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
     except _UNFIT as exc:
         raise Invalid(f"the state file's pieces do not belong together: {_reason(exc)}") from exc
     if not all(type(n) is int and 0 <= n < 2**53 for n in counters):
-        raise Invalid(f"the state file's version and updates must be counts, got {counters!r:.80}")
+        raise Invalid(f"the state file's version and updates must be integers >= 0, got {counters}")
     return config, engine
 
 

@@ -200,7 +200,9 @@ def _read(value: Any, what: str, dtype: str, expected: Expected, name: str) -> w
 def _read_sparse(value: Mapping[str, Any], name: str, expected: Expected) -> Sparse:
     what, shape = f"grads[{shown(name)}]", expected.layout.by_name[name].shape
     if value.keys() != {"indices", "values", "shape"}:
-        raise Invalid(f"{what} must have exactly the keys indices, values and shape")
+        raise Invalid(
+            f"{what} must have exactly the keys indices, values and shape, got {shown(list(value))}"
+        )
     if value["shape"] != list(shape):
         raise Invalid(f"{what}.shape must be {list(shape)}, got {shown(value['shape'])}")
     indices = wire.tensor_from_json(value["indices"], f"{what}.indices", "I64")

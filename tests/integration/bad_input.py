@@ -1,0 +1,231 @@
+"""Sessions to send bad requests to, and what bad requests are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+
+from optserve_client import wire
+from optserve_client.wire import META_KEY, SAFETENSORS
+
+JSON = {"content-type": "application/json"}
+BINARY = {"content-type": SAFETENSORS}
+
+V = "/v1/sessions"
+#: AdamW; one step of worker ``me``, one with an Idempotency-Key.
+A = f"{V}/bad-adamw"
+#: SGD in two groups with a manual scheduler, EMA, and an accumulation window that is open.
+WINDOW = f"{V}/bad-window"
+#: LBFGS with an open line search.
+SEARCH = f"{V}/bad-search"
+#: SparseAdam.
+SPARSE = f"{V}/bad-sparse"
+#: bfloat16, with a scheduler that follows a metric after each update.
+HALF = f"{V}/bad-half"
+#: float64, with a scheduler whose next step cannot be computed.
+DOUBLE = f"{V}/bad-double"
+#: Imported with a ledger in which worker ``me`` has reached epoch 2.
+FENCED = f"{V}/bad-fenced"
+#: An id that nobody has.
+NEW = f"{V}/bad-new"
+
+W = [[1.0, 2.0], [3.0, 4.0]]
+PARAMS: dict[str, Any] = {"w": W, "b": 0.5}
+GRADS: dict[str, Any] = {"w": [[1.0, -1.0], [0.5, 0.25]], "b": -2.0}
+ROWS_OF_E = {"indices": [[0, 2]], "values": [[1.0, 2.0], [3.0, 4.0]], "shape": [3, 2]}
+
+CREATES: dict[str, dict[str, Any]] = {
+    A: {"optimizer": {"name": "AdamW", "lr": 0.1}, "params": PARAMS, "name": "n"},
+    WINDOW: {
+        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
+        "params": PARAMS,
+        "groups": [{"params": ["b"], "lr": 0.01}],
+        "scheduler": {"name": "StepLR", "step_size": 2},
+        "accumulate": 3,
+        "ema": {},
+        "best": {},
+        "clip_grad_norm": 1.0,
+    },
+    SEARCH: {"optimizer": {"name": "LBFGS", "max_iter": 4}, "params": PARAMS},
+    SPARSE: {"optimizer": "SparseAdam", "params": {"e": [[1, 2], [3, 4], [5, 6]]}, "sparse": ["e"]},
+    HALF: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": PARAMS,
+        "dtype": "bfloat16",
+        "scheduler": {"name": "ReduceLROnPlateau", "advance": "step", "monitor": "acc"},
+    },
+    DOUBLE: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": {"w": W},
+        "dtype": "float64",
+        "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (5 - epoch)", "advance": "step"},
+    },
+}
+
+
+class Row(NamedTuple):
+    """A request and what it must come to."""
+
+    method: str
+    url: str
+    sent: dict[str, Any] | Tampered
+    status: int
+    code: str
+    #: The whole detail; ``<at>`` stands for generation.version, ``<generation>`` for that alone.
+    sentence: str
+
+
+def same(
+    method: str,
+    url: str,
+    status: int,
+    code: str,
+    rows: Iterable[tuple[dict[str, Any] | Tampered, str]],
+) -> list[Row]:
+    """Return rows that differ in what is sent and in the sentence."""
+    return [Row(method, url, sent, status, code, sentence) for sent, sentence in rows]
+
+
+def everywhere(
+    status: int, code: str, sentence: str, rows: Iterable[tuple[str, str, dict[str, Any]]]
+) -> list[Row]:
+    """Return rows with one answer."""
+    return [Row(method, url, sent, status, code, sentence) for method, url, sent in rows]
+
+
+# --- bodies --------------------------------------------------------------------------------------
+
+
+def body(value: Any) -> dict[str, Any]:
+    return text(json.dumps(value))
+
+
+def text(content: str | bytes, **headers: str) -> dict[str, Any]:
+    raw = content if isinstance(content, bytes) else content.encode()
+    return {"content": raw, "headers": {**JSON, **named(headers)}}
+
+
+def named(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def step(**fields: Any) -> dict[str, Any]:
+    return body({"grads": GRADS, **fields})
+
+
+def create(**fields: Any) -> dict[str, Any]:
+    return body({"optimizer": "SGD", "params": PARAMS, **fields})
+
+
+def optimizer(name: str, **hyper: Any) -> dict[str, Any]:
+    return create(optimizer={"name": name, **hyper})
+
+
+def scheduled(name: str, **fields: Any) -> dict[str, Any]:
+    return body({"name": name, **fields})
+
+
+def with_headers(sent: dict[str, Any], **headers: str) -> dict[str, Any]:
+    return {**sent, "headers": {**sent.get("headers", {}), **named(headers)}}
+
+
+def raw(content: bytes) -> dict[str, Any]:
+    return {"content": content, "headers": BINARY}
+
+
+def frame(tensors: Mapping[str, Any], fields: Any = None) -> dict[str, Any]:
+    metadata = None if fields is None else {META_KEY: json.dumps(fields)}
+    made = {n: t if isinstance(t, wire.Bits) else np.asarray(t) for n, t in tensors.items()}
+    return raw(b"".join(wire.encode(made, metadata)))
+
+
+def header(text: str, data: bytes = b"") -> dict[str, Any]:
+    """A frame with this header."""
+    return raw(len(text).to_bytes(8, "little") + text.encode() + data)
+
+
+def f4(value: Any) -> np.ndarray:
+    return np.array(value, "<f4")
+
+
+def grads(**more: Any) -> dict[str, Any]:
+    return {"grad/w": f4(GRADS["w"]), "grad/b": f4(GRADS["b"]), **more}
+
+
+def params(**more: Any) -> dict[str, Any]:
+    return {"param/w": f4(W), "param/b": f4(0.5), **more}
+
+
+def coo(indices: Any, values: Any) -> dict[str, Any]:
+    return {"sparse/e/indices": np.array(indices, "<i8"), "sparse/e/values": f4(values)}
+
+
+def base64(dtype: str, shape: list[int], data: str) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data": data}
+
+
+GOOD = wire.tensor_to_json(f4(GRADS["w"]), "base64")["data"]
+FRAME = frame(grads())["content"]
+
+
+class Tampered(NamedTuple):
+    """The state file of a session, with pieces changed. It is made when the session exists."""
+
+    session: str
+    #: By path: ``engine__groups__0__hyper__lr``.
+    fields: dict[str, Any]
+    #: By name; None takes one out.
+    tensors: dict[str, Any]
+    #: Bytes that are missing at its end.
+    cut: int
+
+    def sent(self, http: httpx.Client) -> dict[str, Any]:
+        tensors, metadata = wire.decode(http.get(f"{self.session}/state").content)
+        meta = json.loads(metadata[META_KEY])
+        meta["ledger"] = json.loads(bytes(np.asarray(tensors["ledger"])))
+        for path, value in self.fields.items():
+            *above, last = [int(s) if s.isdigit() else s for s in path.split("__")]
+            inside = meta
+            for step in above:
+                inside = inside[step]
+            inside[last] = value
+        ledger = np.frombuffer(json.dumps(meta.pop("ledger")).encode(), "u1")
+        changed = {**tensors, "ledger": ledger, **self.tensors}
+        made = frame({n: t for n, t in changed.items() if t is not None}, meta)
+        return raw(made["content"][: len(made["content"]) - self.cut])
+
+
+def state(
+    session: str, *, tensors: dict[str, Any] | None = None, cut: int = 0, **fields: Any
+) -> Tampered:
+    return Tampered(session, fields, tensors or {}, cut)
+
+
+# --- the sessions --------------------------------------------------------------------------------
+
+
+def make(http: httpx.Client) -> None:
+    """Create the sessions and give each a history."""
+    for url, fields in CREATES.items():
+        assert http.put(url, json=fields).status_code == 201
+    half = {n: wire.tensor_to_json(wire.Bits.bfloat16(f4(g)), "base64") for n, g in GRADS.items()}
+    steps = [
+        (A, step(worker="me", epoch=1, seq=1)),
+        (A, with_headers(step(loss=0.5), idempotency_key="key-1")),
+        *((A, step(worker="long", seq=seq)) for seq in range(1, 18)),
+        (WINDOW, step(loss=0.5)),
+        (SEARCH, step(loss=1.0)),
+        (SEARCH, step(loss=0.5)),
+        (SPARSE, body({"grads": {"e": ROWS_OF_E}})),
+        (HALF, body({"grads": half, "metrics": {"acc": 0.5}})),
+        *((DOUBLE, body({"grads": {"w": W}})) for _ in range(4)),
+    ]
+    for url, sent in steps:
+        reply = http.post(f"{url}/step", **sent)
+        assert reply.status_code == 200, reply.text
+    reply = http.put(f"{FENCED}/state", **state(A, ledger__workers__0__epoch=2).sent(http))
+    assert reply.status_code == 201, reply.text
