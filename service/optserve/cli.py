@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from typing import Annotated, Any
 
@@ -10,7 +11,14 @@ import typer
 from pydantic import ValidationError
 
 from optserve import __version__
-from optserve.settings import Settings, explain
+from optserve.settings import (
+    PREFIX,
+    Settings,
+    contradiction,
+    explain,
+    unknown_variables,
+)
+from optserve_client.errors import OptserveError
 
 app = typer.Typer(
     name="optserve",
@@ -45,7 +53,14 @@ def version() -> None:
     typer.echo(f"optserve {__version__} (torch {torch}, Python {platform.python_version()})")
 
 
-@app.command()
+def _variables_only() -> str:
+    """Return what --help says about the settings that have no flag."""
+    flags = {"host", "port", "uds", "fd", "threads", "device", "log_level"}
+    names = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in flags]
+    return f"Set by variables only: {', '.join(names)}."
+
+
+@app.command(epilog=_variables_only())
 def serve(
     host: Annotated[str | None, _flag("host")] = None,
     port: Annotated[int | None, _flag("port")] = None,
@@ -63,6 +78,9 @@ def serve(
         for line in explain(exc, given):
             typer.echo(f"optserve: {line}", err=True)
         raise typer.Exit(2) from exc
+    if (sentence := contradiction(settings, given)) is not None:
+        typer.echo(f"optserve: {sentence}", err=True)
+        raise typer.Exit(2)
     raise typer.Exit(_serve(settings))
 
 
@@ -71,6 +89,8 @@ def _serve(settings: Settings) -> int:
     from optserve import logs, server
 
     logs.configure(settings.log_level)
+    for sentence in unknown_variables(os.environ):
+        server.log.warning(sentence)
     try:
         sock = server.listen(settings)
     except server.CannotListen as exc:
@@ -81,7 +101,12 @@ def _serve(settings: Settings) -> int:
     from optserve.sessions.registry import Registry
     from optserve.store.memory import MemoryStore
 
-    registry = Registry(MemoryStore(), device=settings.device, threads=settings.threads)
+    try:
+        registry = Registry(MemoryStore(), device=settings.device, threads=settings.threads)
+    except OptserveError as exc:  # a device that is not here
+        server.close(sock, settings)
+        typer.echo(f"optserve: {exc.detail}", err=True)
+        return 2
 
     def warm() -> str:
         registry.warm()

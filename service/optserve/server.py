@@ -90,6 +90,14 @@ def address_of(sock: socket.socket) -> str:
     return f"http://{host}:{name[1]}"
 
 
+def close(sock: socket.socket, settings: Settings) -> None:
+    """Stop listening, and remove the socket file that :func:`listen` made."""
+    sock.close()
+    if settings.uds is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(settings.uds)
+
+
 def is_private(sock: socket.socket) -> bool:
     """Return whether only this machine can reach ``sock``."""
     return sock.family == socket.AF_UNIX or ipaddress.ip_address(sock.getsockname()[0]).is_loopback
@@ -180,8 +188,6 @@ def serve(app: Any, sock: socket.socket, settings: Settings, warm: Callable[[], 
     try:
         server.run(sockets=[sock])
     finally:
-        if settings.uds is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(settings.uds)
+        close(sock, settings)
     sys.stdout.flush()
     return 0 if server.failure is None else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import httpx
@@ -36,6 +36,10 @@ NEW = f"{V}/bad-new"
 W = [[1.0, 2.0], [3.0, 4.0]]
 PARAMS: dict[str, Any] = {"w": W, "b": 0.5}
 GRADS: dict[str, Any] = {"w": [[1.0, -1.0], [0.5, 0.25]], "b": -2.0}
+HALF_GRADS = {
+    name: wire.tensor_to_json(wire.Bits.bfloat16(np.array(grad, "<f4")), "base64")
+    for name, grad in GRADS.items()
+}
 ROWS_OF_E = {"indices": [[0, 2]], "values": [[1.0, 2.0], [3.0, 4.0]], "shape": [3, 2]}
 
 CREATES: dict[str, dict[str, Any]] = {
@@ -73,28 +77,10 @@ class Row(NamedTuple):
     method: str
     url: str
     sent: dict[str, Any] | Tampered
-    status: int
-    code: str
+    #: Status and code.
+    answer: tuple[int, str]
     #: The whole detail; ``<at>`` stands for generation.version, ``<generation>`` for that alone.
     sentence: str
-
-
-def same(
-    method: str,
-    url: str,
-    status: int,
-    code: str,
-    rows: Iterable[tuple[dict[str, Any] | Tampered, str]],
-) -> list[Row]:
-    """Return rows that differ in what is sent and in the sentence."""
-    return [Row(method, url, sent, status, code, sentence) for sent, sentence in rows]
-
-
-def everywhere(
-    status: int, code: str, sentence: str, rows: Iterable[tuple[str, str, dict[str, Any]]]
-) -> list[Row]:
-    """Return rows with one answer."""
-    return [Row(method, url, sent, status, code, sentence) for method, url, sent in rows]
 
 
 # --- bodies --------------------------------------------------------------------------------------
@@ -180,8 +166,6 @@ class Tampered(NamedTuple):
     fields: dict[str, Any]
     #: By name; None takes one out.
     tensors: dict[str, Any]
-    #: Bytes that are missing at its end.
-    cut: int
 
     def sent(self, http: httpx.Client) -> dict[str, Any]:
         tensors, metadata = wire.decode(http.get(f"{self.session}/state").content)
@@ -195,14 +179,11 @@ class Tampered(NamedTuple):
             inside[last] = value
         ledger = np.frombuffer(json.dumps(meta.pop("ledger")).encode(), "u1")
         changed = {**tensors, "ledger": ledger, **self.tensors}
-        made = frame({n: t for n, t in changed.items() if t is not None}, meta)
-        return raw(made["content"][: len(made["content"]) - self.cut])
+        return frame({n: t for n, t in changed.items() if t is not None}, meta)
 
 
-def state(
-    session: str, *, tensors: dict[str, Any] | None = None, cut: int = 0, **fields: Any
-) -> Tampered:
-    return Tampered(session, fields, tensors or {}, cut)
+def state(session: str, *, tensors: dict[str, Any] | None = None, **fields: Any) -> Tampered:
+    return Tampered(session, fields, tensors or {})
 
 
 # --- the sessions --------------------------------------------------------------------------------
@@ -212,7 +193,6 @@ def make(http: httpx.Client) -> None:
     """Create the sessions and give each a history."""
     for url, fields in CREATES.items():
         assert http.put(url, json=fields).status_code == 201
-    half = {n: wire.tensor_to_json(wire.Bits.bfloat16(f4(g)), "base64") for n, g in GRADS.items()}
     steps = [
         (A, step(worker="me", epoch=1, seq=1)),
         (A, with_headers(step(loss=0.5), idempotency_key="key-1")),
@@ -221,7 +201,7 @@ def make(http: httpx.Client) -> None:
         (SEARCH, step(loss=1.0)),
         (SEARCH, step(loss=0.5)),
         (SPARSE, body({"grads": {"e": ROWS_OF_E}})),
-        (HALF, body({"grads": half, "metrics": {"acc": 0.5}})),
+        (HALF, body({"grads": HALF_GRADS, "metrics": {"acc": 0.5}})),
         *((DOUBLE, body({"grads": {"w": W}})) for _ in range(4)),
     ]
     for url, sent in steps:

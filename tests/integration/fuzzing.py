@@ -71,6 +71,13 @@ SESSIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"optimizer": {"name": "LBFGS", "max_iter": 4, "history_size": 3}, "params": PARAMS},
         {"grads": GRADS, "loss": 1.0},
     ),
+    "wrapped": (
+        {
+            "optimizer": {"name": "Lookahead", "optimizer": {"name": "Prodigy", "lr": 1.0}, "k": 2},
+            "params": PARAMS,
+        },
+        {"grads": GRADS},
+    ),
     "rows": (
         {
             "optimizer": "SparseAdam",
@@ -182,7 +189,8 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     add("DELETE", f"{plain}-gone", query="worker=a&epoch=1&seq=1")
     for spec in SCHEDULERS:
         add("PUT", f"{rich}/scheduler", spec)
-    add("PUT", f"{plain}-new", frame(f32("param", PARAMS), {"optimizer": "Adam", "order": ["b", "w"]}))
+    fields = {"optimizer": "Adam", "order": ["b", "w"]}
+    add("PUT", f"{plain}-new", frame(f32("param", PARAMS), fields))
     one_call = {"id": f"{prefix}plain-new", "optimizer": "RMSprop", **PARAMS_AND_GRADS}
     add("POST", "/v1/step", one_call)
     add("POST", "/step", {"id": f"{prefix}plain", **step})
@@ -233,9 +241,10 @@ VALUES: list[Any] = [
     *({"$dict": [[[], 1]]}, {"$dict": [1]}, {"$counter": [[1, 2]]}, {"$dtype": "float32"}),
     *({"$dtype": "nn"}, {"$device": "param/b"}, {"$what": 1}, {"indices": [], "values": []}),
     *({"dtype": "float32", "shape": [1], "data": "AACAPw=="}, {"name": "StepLR", "step_size": 1}),
+    *(2**63 + 1.0, {"$strided": [{"$tensor": "param/w"}, [1, 0]]}, {"$strided": [[], [5]]}),
     *({"steps": 2, "reduce": "sum"}, {"decay": 2}, {"monitor": "loss"}, {"name": "SGD", "lr": 1}),
 ]
-VALUES += [json.loads("[" * depth + "]" * depth) for depth in (33, 60, 70)]
+VALUES += [json.loads("[1," * depth + "1" + "]" * depth) for depth in (33, 60, 70, 300)]
 
 
 def paths(value: Any, at: Path = ()) -> Iterator[Path]:
@@ -287,40 +296,49 @@ def spoil(draw: Draw, value: Any) -> Any:
 
 KEYS = [
     *("", "a", "w", "b", "e", "new", "lr", "name", "params", "grads", "groups", "none", "loss"),
-    *("worker", "epoch", "seq", "version", "id", "optimizer", "scheduler", "$tensor", "$x", "\ud800"),
-    *("betas", "momentum", "initial_lr", "advance", "monitor", "metrics", "abandon", "dtype", "foreach"),
-    *("params ", "__metadata__", "\0", "x" * 300, "shape", "data", "sparse", "ema", "best", "window"),
+    *("worker", "epoch", "seq", "version", "id", "optimizer", "scheduler", "$tensor", "$x"),
+    *("betas", "momentum", "initial_lr", "advance", "monitor", "metrics", "abandon", "dtype"),
+    *("params ", "__metadata__", "\0", "\ud800", "x" * 300, "shape", "data", "sparse", "ema"),
+    *("best", "window", "foreach", "ledger", "extra", "line_search"),
 ]
 
 
 def scramble(draw: Draw, content: bytes) -> bytes:
     """Flip, cut, repeat or insert bytes."""
     at = draw(st.integers(0, max(len(content) - 1, 0)))
+    before, behind = content[:at], content[at:]
     match draw(st.sampled_from(["flip", "flip", "cut", "insert", "repeat", "swap"])):
         case "flip" if content:
-            return content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
+            return before + bytes([behind[0] ^ (1 << draw(st.integers(0, 7)))]) + behind[1:]
         case "cut":
-            return content[:at]
+            return before
         case "insert":
-            return content[:at] + draw(st.binary(min_size=1, max_size=9)) + content[at:]
+            return before + draw(st.binary(min_size=1, max_size=9)) + behind
         case "repeat":
-            length = draw(st.integers(1, 40))
-            return content[: at + length] + content[at : at + length] + content[at + length :]
+            return before + behind[: draw(st.integers(1, 40))] + behind
         case _:
-            return content[at:] + content[:at]
+            return behind + before
+
+
+#: NaN, Infinity, -1 as an index, the smallest number, in little-endian float32 or int32.
+NUMBERS = [b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\xff\xff", b"\1\0\0\0"]
 
 
 def spoil_frame(draw: Draw, content: bytes) -> bytes:
-    """Spoil the bytes, the header, the fields in it, or the data of a frame."""
-    what = draw(st.sampled_from(["bytes", "header", "fields", "fields", "fields", "data"]))
-    length = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    """Spoil the bytes, the header, the fields in it, the ledger or the numbers of a frame."""
+    what = draw(st.sampled_from(["bytes", "header", "numbers", "ledger", *["fields"] * 4]))
     if what == "bytes":
         return scramble(draw, content)
-    if what == "data":
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    if what == "numbers":
         at = draw(st.integers(0, max(len(data) - 4, 0)))
-        value = draw(st.sampled_from([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\xff\xff", b"\1\0\0\0"]))
-        return content[: 8 + length] + data[:at] + value + data[at + 4 :]
+        return content[: 8 + length] + data[:at] + draw(st.sampled_from(NUMBERS)) + data[at + 4 :]
+    if what == "ledger" and "ledger" in header:
+        tensors, metadata = wire.decode(content)
+        ledger = spoil(draw, json.loads(bytes(np.asarray(tensors["ledger"]))))
+        tensors["ledger"] = np.frombuffer(write(ledger), "u1")
+        return b"".join(wire.encode(tensors, metadata))
     if what == "header":
         header = spoil(draw, header)
     else:
@@ -339,44 +357,52 @@ HEADERS = [
 ]
 HEADER_VALUES = [
     *("", "*/*", JSON, SAFETENSORS, "text/html", "text/csv", "application/json; charset=utf-16"),
-    *(f"{JSON};q=0, {SAFETENSORS};q=nan", "a" * 300, '"', '""', "*", 'W/"x"', '"a", "b"', "[", "[::1"),
-    *("a:99999999", "gzip", "identity", "100-continue", "h2c", "websocket", "\xff\xfe", "a b", "bytes=0-1"),
+    *(f"{JSON};q=0, {SAFETENSORS};q=nan", "a" * 300, '"', '""', "*", 'W/"x"', '"a", "b"', "["),
+    *("[::1", "a:99999999", "gzip", "identity", "100-continue", "h2c", "websocket", "\xff\xfe"),
+    *("a b", "bytes=0-1", "k-1", "text/csv;q=x", ","),
 ]
 QUERY = [
-    *("worker", "epoch", "seq", "abandon", "weights", "names", "encoding", "dtype", "after", "limit"),
-    *("format", "steps", "metrics", "cursor", "tag", "order_by", "", "zzz", "min_version"),
+    *("worker", "epoch", "seq", "abandon", "weights", "names", "encoding", "dtype", "after"),
+    *("limit", "format", "steps", "metrics", "cursor", "tag", "order_by", "", "zzz", "min_version"),
 ]
 QUERY_VALUES = [
-    *("", "1", "0", "-1", "1.5", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "true", "null", "a", "w"),
-    *("w,b", "%00", "%ff", "%ED%A0%80", "%", "a:b", ":", "created", "-name", "WyJjcmVhdGVkIl0", "csv"),
-    *("ema", "best", "eval", "live", "base64", "list", "float16", "bfloat16", "ndjson", "+", "&", "=", "#"),
+    *("", "1", "0", "-1", "1.5", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "true", "null", "a"),
+    *("w", "w,b", "%00", "%ff", "%ED%A0%80", "%", "a:b", ":", "created", "-name", "csv", "ema"),
+    *("WyJjcmVhdGVkIl0", "WyJjcmVhdGVkIixbMWU5OTksImEiXV0", "best", "eval", "live", "base64"),
+    *("list", "float16", "bfloat16", "ndjson", "+", "&", "=", "#"),
 ]
+SEGMENTS = [
+    *("", ".", "..", "%2e%2e", "%2f", "%00", "%ff", "a%20b", "\xe9", "0", "-1", "9" * 30, "*"),
+    *("x" * 200, "step", "params", "state", "v1", "sessions", "groups", "scheduler", "fork"),
+]
+METHODS = ["GET", "PUT", "POST", "PATCH", "HEAD", "OPTIONS", "TRACE", "BREW"]
 
 
 def spoil_path(draw: Draw, path: str) -> str:
     parts = path.split("/")
-    at = draw(st.integers(0, len(parts) - 1))
-    odd = ["", ".", "..", "%2e%2e", "%2f", "%00", "%ff", "a b", "\xe9", "0", "-1", "9" * 30, "x" * 200, "*"]
-    parts[at] = draw(st.sampled_from([*odd, "step", "params", "state", "v1", "sessions", "groups"]))
-    return "/".join(parts).replace(" ", "%20") or "/"
+    parts[draw(st.integers(0, len(parts) - 1))] = draw(st.sampled_from(SEGMENTS))
+    return "/".join(parts) or "/"
+
+
+def pairs(names: list[str], values: list[str]) -> st.SearchStrategy[list[tuple[str, str]]]:
+    pair = st.tuples(st.sampled_from(names), st.sampled_from(values))
+    return st.lists(pair, min_size=1, max_size=3)
 
 
 def spoilt(draw: Draw, sent: Sent) -> Sent:
     """Return ``sent`` with something wrong somewhere; now and then it is still right."""
-    kinds = ["query", "header", "path", "method"] + ["body"] * (8 if sent.body is not None else 0)
-    match draw(st.sampled_from(kinds)):
+    places = ["query", "header", "path", "method", *["body"] * (8 if sent.body is not None else 0)]
+    match draw(st.sampled_from(places)):
         case "query":
-            pairs = [*filter(None, sent.query.split("&"))]
-            more = draw(st.lists(st.tuples(st.sampled_from(QUERY), st.sampled_from(QUERY_VALUES)), max_size=3))
-            kept = pairs if draw(st.booleans()) else []
+            kept = sent.query.split("&") if sent.query and draw(st.booleans()) else []
+            more = draw(pairs(QUERY, QUERY_VALUES))
             return replace(sent, query="&".join([*kept, *(f"{k}={v}" for k, v in more)]))
         case "header":
-            more = draw(st.lists(st.tuples(st.sampled_from(HEADERS), st.sampled_from(HEADER_VALUES)), min_size=1, max_size=3))
-            return replace(sent, headers=(*sent.headers, *more))
+            return replace(sent, headers=(*sent.headers, *draw(pairs(HEADERS, HEADER_VALUES))))
         case "path":
             return replace(sent, path=spoil_path(draw, sent.path))
         case "method":
-            return replace(sent, method=draw(st.sampled_from(["GET", "PUT", "POST", "PATCH", "HEAD", "OPTIONS", "TRACE"])))
+            return replace(sent, method=draw(st.sampled_from(METHODS)))
     if isinstance(sent.body, bytes):
         return replace(sent, body=spoil_frame(draw, sent.body))
     body = sent.body

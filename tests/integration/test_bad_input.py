@@ -1,219 +1,159 @@
-"""Bad input over real HTTP: each row has a status, a code and a whole sentence, and changes nothing.
+"""Bad input over real HTTP: each row has status, code and a whole sentence, and changes nothing.
 
-The rows go to a server process as bytes. After each of them the exported state of the sessions that
-it could have changed is byte for byte what it was, and so is the list of sessions.
+The rows go to a server process as bytes. After each of them the exported state of the session that
+it names is byte for byte what it was, and the list of sessions is the same.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from optserve_client import wire
-from optserve_client.wire import META_KEY, SAFETENSORS
+from optserve_client.errors import RequestError, tree
+from tests.integration import bad_input
+from tests.integration.bad_input import CREATES, FENCED, Row, Tampered, body, f4, frame
+from tests.integration.bad_input_rows import ROWS
 from tests.serving import ServerProcess
 
-JSON = {"content-type": "application/json"}
-BINARY = {"content-type": SAFETENSORS}
-
-V = "/v1/sessions"
-#: AdamW; one step of worker ``me``, one with an Idempotency-Key.
-A = f"{V}/bad-adamw"
-#: SGD in two groups with a manual scheduler, EMA, and an accumulation window that is open.
-WINDOW = f"{V}/bad-window"
-#: LBFGS with an open line search.
-SEARCH = f"{V}/bad-search"
-#: SparseAdam.
-SPARSE = f"{V}/bad-sparse"
-#: bfloat16, with a scheduler that follows a metric after each update.
-HALF = f"{V}/bad-half"
-#: float64, with a scheduler whose next step cannot be computed.
-DOUBLE = f"{V}/bad-double"
-#: Imported with a ledger in which worker ``me`` has reached epoch 2.
-FENCED = f"{V}/bad-fenced"
-#: An id that nobody has.
-NEW = f"{V}/bad-new"
-
-W = [[1.0, 2.0], [3.0, 4.0]]
-PARAMS: dict[str, Any] = {"w": W, "b": 0.5}
-GRADS: dict[str, Any] = {"w": [[1.0, -1.0], [0.5, 0.25]], "b": -2.0}
-ROWS_OF_E = {"indices": [[0, 2]], "values": [[1.0, 2.0], [3.0, 4.0]], "shape": [3, 2]}
-
-CREATES: dict[str, dict[str, Any]] = {
-    A: {"optimizer": {"name": "AdamW", "lr": 0.1}, "params": PARAMS, "name": "n"},
-    WINDOW: {
-        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9},
-        "params": PARAMS,
-        "groups": [{"params": ["b"], "lr": 0.01}],
-        "scheduler": {"name": "StepLR", "step_size": 2},
-        "accumulate": 3,
-        "ema": {},
-        "best": {},
-        "clip_grad_norm": 1.0,
-    },
-    SEARCH: {"optimizer": {"name": "LBFGS", "max_iter": 4}, "params": PARAMS},
-    SPARSE: {"optimizer": "SparseAdam", "params": {"e": [[1, 2], [3, 4], [5, 6]]}, "sparse": ["e"]},
-    HALF: {
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "params": PARAMS,
-        "dtype": "bfloat16",
-        "scheduler": {"name": "ReduceLROnPlateau", "advance": "step", "monitor": "acc"},
-    },
-    DOUBLE: {
-        "optimizer": {"name": "SGD", "lr": 0.1},
-        "params": {"w": W},
-        "dtype": "float64",
-        "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (5 - epoch)", "advance": "step"},
-    },
-}
+SESSIONS = [*CREATES, FENCED]
 
 
-class Row(NamedTuple):
-    """A request and what it must come to."""
+class Target:
+    """The sessions on the server, and what they were when last looked at."""
 
-    method: str
-    url: str
-    sent: dict[str, Any]
-    status: int
-    code: str
-    #: The whole detail; ``<at>`` stands for generation.version, ``<generation>`` for that alone.
-    sentence: str
+    def __init__(self, http: httpx.Client) -> None:
+        self.http = http
+        bad_input.make(http)
+        self.files = {url: self.file(url) for url in SESSIONS}
+        self.list = self.rows()
+        self.status: dict[str, Any] = {url: http.get(url).json() for url in SESSIONS}
 
+    def file(self, url: str) -> bytes:
+        return self.http.get(f"{url}/state").content
 
-# --- bodies --------------------------------------------------------------------------------------
+    def rows(self) -> Any:
+        return self.http.get(bad_input.V, params={"limit": 1000}).json()
 
+    def send(self, row: Row) -> httpx.Response:
+        sent = row.sent.sent(self.http) if isinstance(row.sent, Tampered) else row.sent
+        return self.http.request(row.method, row.url, **sent)
 
-def body(value: Any) -> dict[str, Any]:
-    return text(json.dumps(value))
+    def sentence(self, row: Row) -> str:
+        """Return the row's sentence with what only this run can know."""
+        url = next((url for url in SESSIONS if row.url.startswith(url)), SESSIONS[0])
+        generation, version = self.status[url]["generation"], self.status[url]["version"]
+        known = row.sentence.replace("<at>", f"{generation}.{version}")
+        return known.replace("<generation>", generation)
 
-
-def text(content: str | bytes, **headers: str) -> dict[str, Any]:
-    raw = content if isinstance(content, bytes) else content.encode()
-    return {"content": raw, "headers": {**JSON, **named(headers)}}
-
-
-def named(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name.replace("_", "-"): value for name, value in headers.items()}
-
-
-def step(**fields: Any) -> dict[str, Any]:
-    return body({"grads": GRADS, **fields})
-
-
-def create(**fields: Any) -> dict[str, Any]:
-    return body({"optimizer": "SGD", "params": PARAMS, **fields})
+    def check_unchanged(self, row: Row) -> None:
+        named = [url for url in SESSIONS if url.rpartition("/")[2] in f"{row.url} {row.sent}"]
+        for url in named or SESSIONS[:1]:
+            assert self.file(url) == self.files[url]
+        assert self.rows() == self.list
 
 
-def optimizer(name: str, **hyper: Any) -> dict[str, Any]:
-    return create(optimizer={"name": name, **hyper})
+@pytest.fixture(scope="module")
+def target(server: ServerProcess) -> Iterator[Target]:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        yield Target(http)
+        for url in SESSIONS:
+            assert http.delete(url).status_code == 200
 
 
-def scheduled(name: str, **fields: Any) -> dict[str, Any]:
-    return body({"name": name, **fields})
+def name_of(row: Row) -> str:
+    return f"{row.method} {row.url} {row.sentence[:60]}"
 
 
-def with_headers(sent: dict[str, Any], **headers: str) -> dict[str, Any]:
-    return {**sent, "headers": {**sent.get("headers", {}), **named(headers)}}
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_bad_input_is_refused_with_a_sentence_and_changes_nothing(target: Target, row: Row) -> None:
+    reply = target.send(row)
+    document = reply.json()
+    assert (reply.status_code, document["code"]) == row.answer, document
+    assert document["detail"] == target.sentence(row)
+    assert reply.headers["content-type"] == "application/problem+json"
+    assert document["status"] == reply.status_code
+    assert document["type"] == f"urn:optserve:error:{document['code']}"
+    if reply.status_code == 405:
+        assert row.sentence.endswith(f"allowed: {reply.headers['allow']}")
+    target.check_unchanged(row)
 
 
-def raw(content: bytes) -> dict[str, Any]:
-    return {"content": content, "headers": BINARY}
+def test_every_session_is_at_the_end_what_it_was(target: Target) -> None:
+    assert {url: target.file(url) for url in SESSIONS} == target.files
 
 
-def frame(tensors: Mapping[str, Any], fields: Any = None) -> dict[str, Any]:
-    metadata = None if fields is None else {META_KEY: json.dumps(fields)}
-    made = {n: t if isinstance(t, wire.Bits) else np.asarray(t) for n, t in tensors.items()}
-    return raw(b"".join(wire.encode(made, metadata)))
+def test_no_row_comes_twice_and_every_refusal_has_one() -> None:
+    assert len(ROWS) >= 80
+    assert len({repr(row) for row in ROWS}) == len(ROWS)
+    # Rows cannot show these: a body too large or too slow, and a server that owns no such session.
+    elsewhere = {"refused", "body_timeout", "too_large", "misdirected"}
+    assert {row.answer[1] for row in ROWS} == {cls.code for cls in tree(RequestError)} - elsewhere
 
 
-def header(text: str, data: bytes = b"") -> dict[str, Any]:
-    """A frame with this header."""
-    return raw(len(text).to_bytes(8, "little") + text.encode() + data)
+# --- too large -----------------------------------------------------------------------------------
+
+JSON_LIMIT, BINARY_LIMIT = 1_000, 2_000
 
 
-def f4(value: Any) -> np.ndarray:
-    return np.array(value, "<f4")
+@pytest.fixture(scope="module")
+def small_server() -> Iterator[httpx.Client]:
+    """A server that takes small bodies only, with one session."""
+    limits = {
+        "OPTSERVE_MAX_JSON_BYTES": str(JSON_LIMIT),
+        "OPTSERVE_MAX_BODY_BYTES": str(BINARY_LIMIT),
+    }
+    with ServerProcess(env=limits) as server, httpx.Client(base_url=server.url) as http:
+        sent = frame({"param/w": f4([0] * 400)}, {"optimizer": "SGD"})
+        assert http.put(bad_input.A, **sent).status_code == 201
+        yield http
 
 
-def grads(**more: Any) -> dict[str, Any]:
-    return {"grad/w": f4(GRADS["w"]), "grad/b": f4(GRADS["b"]), **more}
+LARGE_JSON = {"w": [0.123456789] * 400}
+LARGE_FRAME = {"w": f4([0] * 600)}
+LARGE = [
+    ("PUT", bad_input.NEW, body({"optimizer": "SGD", "params": LARGE_JSON})),
+    ("POST", f"{bad_input.A}/step", body({"grads": LARGE_JSON})),
+    ("POST", "/v1/step", body({"id": "bad-adamw", "grads": LARGE_JSON})),
+    ("PUT", f"{bad_input.A}/params", body({"params": LARGE_JSON})),
+    ("PATCH", bad_input.A, body({"notes": "x" * JSON_LIMIT})),
+    ("PUT", f"{bad_input.A}/scheduler", body({"name": "x" * JSON_LIMIT})),
+    ("PUT", bad_input.NEW, frame({"param/w": LARGE_FRAME["w"]}, {"optimizer": "SGD"})),
+    ("POST", f"{bad_input.A}/step", frame({"grad/w": LARGE_FRAME["w"]})),
+    ("POST", "/step", frame({"grad/w": LARGE_FRAME["w"]}, {"id": "bad-adamw"})),
+    ("PUT", f"{bad_input.A}/params", frame({"param/w": LARGE_FRAME["w"]})),
+    ("PUT", f"{bad_input.A}/state", frame({"param/w": LARGE_FRAME["w"]})),
+]
 
 
-def params(**more: Any) -> dict[str, Any]:
-    return {"param/w": f4(W), "param/b": f4(0.5), **more}
+@pytest.mark.parametrize("chunked", [False, True], ids=["announced", "in chunks"])
+@pytest.mark.parametrize(("method", "url", "sent"), LARGE, ids=lambda part: str(part)[:30])
+def test_a_body_that_is_too_large_is_refused_with_the_limit_and_changes_nothing(
+    small_server: httpx.Client, method: str, url: str, sent: dict[str, Any], chunked: bool
+) -> None:
+    content = sent["content"]
+    limit = JSON_LIMIT if "json" in sent["headers"]["content-type"] else BINARY_LIMIT
+    before = small_server.get(f"{bad_input.A}/state").content
+    sessions = small_server.get(bad_input.V).json()
+    given = iter([content[:500], content[500:]]) if chunked else content
+    reply = small_server.request(method, url, content=given, headers=sent["headers"])
+    document = reply.json()
+    assert (reply.status_code, document["code"], document["limit"]) == (413, "too_large", limit)
+    if chunked:
+        assert str(limit) in document["detail"]
+    else:
+        sentence = f"the body has {len(content)} bytes, the limit is {limit}"
+        assert document["detail"] == sentence
+    assert small_server.get(f"{bad_input.A}/state").content == before
+    assert small_server.get(bad_input.V).json() == sessions
 
 
-def coo(indices: Any, values: Any) -> dict[str, Any]:
-    return {"sparse/e/indices": np.array(indices, "<i8"), "sparse/e/values": f4(values)}
-
-
-def base64(dtype: str, shape: list[int], data: str) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data": data}
-
-
-GOOD = wire.tensor_to_json(f4(GRADS["w"]), "base64")["data"]
-FRAME = frame(grads())["content"]
-
-
-class Tampered(NamedTuple):
-    """The state file of a session, with pieces changed. It is made when the session exists."""
-
-    session: str
-    #: By path: ``engine__groups__0__hyper__lr``.
-    fields: dict[str, Any]
-    #: By name; None takes one out.
-    tensors: dict[str, Any]
-    #: Bytes that are missing at its end.
-    cut: int
-
-    def sent(self, http: httpx.Client) -> dict[str, Any]:
-        tensors, metadata = wire.decode(http.get(f"{self.session}/state").content)
-        meta = json.loads(metadata[META_KEY])
-        meta["ledger"] = json.loads(bytes(np.asarray(tensors["ledger"])))
-        for path, value in self.fields.items():
-            *above, last = [int(s) if s.isdigit() else s for s in path.split("__")]
-            inside = meta
-            for step in above:
-                inside = inside[step]
-            inside[last] = value
-        ledger = np.frombuffer(json.dumps(meta.pop("ledger")).encode(), "u1")
-        changed = {**tensors, "ledger": ledger, **self.tensors}
-        made = frame({n: t for n, t in changed.items() if t is not None}, meta)
-        return raw(made["content"][: len(made["content"]) - self.cut])
-
-
-def state(
-    session: str, *, tensors: dict[str, Any] | None = None, cut: int = 0, **fields: Any
-) -> Tampered:
-    return Tampered(session, fields, tensors or {}, cut)
-
-
-# --- the sessions --------------------------------------------------------------------------------
-
-
-def make(http: httpx.Client) -> None:
-    """Create the sessions and give each a history."""
-    for url, fields in CREATES.items():
-        assert http.put(url, json=fields).status_code == 201
-    half = {n: wire.tensor_to_json(wire.Bits.bfloat16(f4(g)), "base64") for n, g in GRADS.items()}
-    steps = [
-        (A, step(worker="me", epoch=1, seq=1)),
-        (A, with_headers(step(loss=0.5), idempotency_key="key-1")),
-        *((A, step(worker="long", seq=seq)) for seq in range(1, 18)),
-        (WINDOW, step(loss=0.5)),
-        (SEARCH, step(loss=1.0)),
-        (SEARCH, step(loss=0.5)),
-        (SPARSE, body({"grads": {"e": ROWS_OF_E}})),
-        (HALF, body({"grads": half, "metrics": {"acc": 0.5}})),
-        *((DOUBLE, body({"grads": {"w": W}})) for _ in range(4)),
-    ]
-    for url, sent in steps:
-        reply = http.post(f"{url}/step", **sent)
-        assert reply.status_code == 200, reply.text
-    reply = http.put(f"{FENCED}/state", **state(A, ledger__workers__0__epoch=2).sent(http))
-    assert reply.status_code == 201, reply.text
+def test_a_body_at_the_limit_is_taken(small_server: httpx.Client) -> None:
+    fields = {"notes": ""}
+    spare = JSON_LIMIT - len(body(fields)["content"])
+    reply = small_server.patch(bad_input.A, **body({"notes": "x" * spare}))
+    assert reply.status_code == 200
+    reply = small_server.patch(bad_input.A, **body({"notes": "x" * (spare + 1)}))
+    assert reply.status_code == 413

@@ -66,7 +66,8 @@ class Target:
             status, states[name] = self.talk.ask("GET", f"{self.url(name)}/state")
             assert status == 200
         self.seeds = fuzzing.seeds(prefix, states)
-        self._ids = {name: self._states(name) for name in SESSIONS}
+        #: When each session was last changed, as far as this knows of; None: it is not there.
+        self._updated: dict[str, Any] = {name: self._when(name) for name in SESSIONS}
 
     def url(self, name: str) -> str:
         return f"/v1/sessions/{self.prefix}{name}"
@@ -74,15 +75,23 @@ class Target:
     def make(self, name: str) -> None:
         """Create a session and step it once, so that there is state to spoil."""
         create, step = SESSIONS[name]
-        self.talk.ask("DELETE", f"{self.url(name)}?abandon=true")
+        self.talk.ask("DELETE", f"{self.url(name)}")
         status, body = self.talk.ask("PUT", self.url(name), create)
         assert status == 201, body
         status, body = self.talk.ask("POST", f"{self.url(name)}/step", step)
         assert status == 200, body
 
-    def _states(self, name: str) -> tuple[int, Any]:
+    def clear(self) -> None:
+        """Delete the sessions that this made."""
+        _, body = self.talk.ask("GET", "/v1/sessions?limit=1000")
+        for row in json.loads(body)["sessions"]:
+            if row["id"].startswith(self.prefix):
+                self.talk.ask("DELETE", f"/v1/sessions/{row['id']}")
+
+    def _when(self, name: str) -> Any:
         status, body = self.talk.ask("GET", self.url(name))
-        return status, json.loads(body).get("updated_at")
+        assert status == 200, body
+        return json.loads(body)["updated_at"]
 
     def check(self, sent: Sent) -> None:
         """Send a request; neither it nor any that follows it may be answered with 500."""
@@ -90,31 +99,31 @@ class Target:
         assert status < 500, (status, body)
         status, body = self.talk.ask("GET", "/v1/sessions?limit=1000")
         assert status == 200, body
-        for row in json.loads(body)["sessions"]:
-            self._check_session(row)
-        for name in SESSIONS:
-            if self._ids[name][1] is None:
+        found = {row["id"]: row["updated_at"] for row in json.loads(body)["sessions"]}
+        for session_id, updated in found.items():
+            if session_id.startswith(self.prefix):
+                self._check_session(session_id.removeprefix(self.prefix), updated)
+        for name, updated in self._updated.items():
+            if updated is None or self.prefix + name not in found:
                 self.make(name)
-                self._ids[name] = self._states(name)
+                self._updated[name] = self._when(name)
 
-    def _check_session(self, row: dict[str, Any]) -> None:
-        """Use a session that a spoilt request made or changed, then put the usual one back."""
-        if not row["id"].startswith(self.prefix):
+    def _check_session(self, name: str, updated: Any) -> None:
+        """Use a session that a spoilt request made or changed, and delete it."""
+        if self._updated.get(name) == updated:
             return
-        name = row["id"].removeprefix(self.prefix)
-        if name in SESSIONS and self._ids[name][1] == row["changed"]:
-            return
-        for sent in self.uses(row["id"], SESSIONS.get(name.partition("-")[0], SESSIONS["plain"])[1]):
+        step = SESSIONS.get(name.partition("-")[0], SESSIONS["plain"])[1]
+        for sent in self.uses(name, step):
             status, body = self.talk.exchange(sent)
             assert status < 500, (sent, status, body)
-        status, body = self.talk.ask("DELETE", f"/v1/sessions/{row['id']}?abandon=true")
+        status, body = self.talk.ask("DELETE", f"{self.url(name)}")
         assert status == 200, body
         if name in SESSIONS:
-            self._ids[name] = (0, None)
+            self._updated[name] = None
 
-    def uses(self, session_id: str, step: dict[str, Any]) -> Iterator[Sent]:
+    def uses(self, name: str, step: dict[str, Any]) -> Iterator[Sent]:
         """Yield ordinary requests to a session that may not be what it was."""
-        url = f"/v1/sessions/{session_id}"
+        url = self.url(name)
         for _ in range(3):
             yield Sent(method="POST", path=f"{url}/step", body=step)
         yield Sent(method="POST", path=f"{url}/step", body={**step, "dry_run": True, "loss": 0.25})
@@ -131,6 +140,7 @@ class Target:
 def target(server: ServerProcess) -> Iterator[Target]:
     target = Target(server, "fuzz-")
     yield target
+    target.clear()
     target.talk.close()
 
 
@@ -155,10 +165,28 @@ def send_spoilt_requests(target: Target, examples: int, seed: int = 2026) -> Non
     run()
 
 
-def test_the_requests_that_are_spoilt_are_right_before(target: Target) -> None:
+def test_each_route_has_a_request_that_is_right_before_it_is_spoilt(server: ServerProcess) -> None:
+    target = Target(server, "right-")
+    answered = set()
     for sent in target.seeds:
+        if "-new" in sent.path:
+            target.talk.ask("DELETE", sent.path.removesuffix("/state"))
         status, body = target.talk.exchange(sent)
-        print(sent.method, sent.path, sent.query, status, body[:200])
+        assert status < 500, body
+        if status < 400:
+            answered.add((sent.method, sent.path.replace(target.prefix, "")))
+    target.clear()
+    for name in SESSIONS:
+        url = f"/v1/sessions/{name}"
+        assert {("GET", url), ("POST", f"{url}/step"), ("PUT", f"{url}/state")} <= answered
+    _, body = target.talk.ask("GET", "/openapi.json")
+    for path, methods in json.loads(body)["paths"].items():
+        for method in methods:
+            named = path.replace("{session_id}", "plain").replace("{index}", "0")
+            named = named.replace("{name}", "adamw" if "optimizers" in path else "step_lr")
+            close = {named, named.replace("plain", "rich"), f"{named}-new", f"{named}-gone"}
+            assert {(method.upper(), one) for one in close} & answered, (method, path)
+    target.talk.close()
 
 
 def test_no_spoilt_request_is_answered_with_500(target: Target) -> None:

@@ -192,7 +192,7 @@ def test_lr_and_momenta_are_torchs_through_exports_and_imports(
     )
     scheduler = build(alone)
     metrics = [1.0 / (1 + i // 7) for i in range(STEPS)] if row == "ReduceLROnPlateau" else None
-    ahead = session.scheduler_preview(STEPS, metrics).result(60)["steps"]
+    ahead = session.outlook().result(60).ahead(STEPS, metrics)["steps"]
     for i in range(STEPS):
         status = session.status().result(60)
         assert moving(status["groups"]) == moving(alone.param_groups), f"step {i}"

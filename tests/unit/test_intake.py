@@ -18,6 +18,7 @@ from pydantic import Field
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import Fields, StepFields, load_object
 from optserve.sessions.intake import Step, StepIntake, step_from_json
+from optserve.sessions.step import Expected
 from optserve.store.payloads import Spool
 from optserve_client import wire
 from optserve_client.errors import (
@@ -127,10 +128,13 @@ def frame(named: Mapping[str, wire.Tensor], fields: Any = None) -> bytes:
     return b"".join(wire.encode(named, metadata))
 
 
+def expected(pool: FakePool) -> Expected:
+    return Expected(layout=pool.session, sparse=SPARSE & pool.session.by_name.keys())
+
+
 def intake(pool: FakePool, spool: CountingSpool | None, **options: Any) -> StepIntake:
     return StepIntake(
-        layout=pool.session,
-        sparse=SPARSE & pool.session.by_name.keys(),
+        expected=expected(pool),
         lease=pool.lease,
         writer=spool.writer if spool else None,
         **options,
@@ -146,8 +150,7 @@ def take(pool: FakePool, spool: CountingSpool | None, body: bytes, **options: An
 def from_json(pool: FakePool, spool: CountingSpool, body: dict[str, Any]) -> Step:
     return step_from_json(
         body,
-        layout=pool.session,
-        sparse=SPARSE & pool.session.by_name.keys(),
+        expected=expected(pool),
         lease=pool.lease,
         writer=spool.writer,
         digest=b"d" * 16,
@@ -577,7 +580,7 @@ def test_no_buffer_free_is_told_as_it_is(spool: CountingSpool, pool: FakePool) -
     def none_left() -> Any:
         raise Unavailable("no gradient buffer is free", retry_after=1)
 
-    made = StepIntake(layout=pool.session, sparse=SPARSE, lease=none_left, writer=spool.writer)
+    made = StepIntake(expected=expected(pool), lease=none_left, writer=spool.writer)
     with pytest.raises(Unavailable, match="no gradient buffer is free"):
         made.feed(frame(tensors()))
     assert spool.writers == []

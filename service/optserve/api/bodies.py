@@ -116,26 +116,22 @@ class Body:
                 yield chunk
 
     async def read(self) -> bytes | bytearray:
-        """Return the whole body; large ones go into one buffer of the announced length."""
+        """Return the whole body.
+
+        The buffer grows with what arrives: an announced length costs its sender nothing, so no
+        memory is set aside for it. Growing is cheap, since large blocks are remapped, not copied.
+        """
         chunks = self.chunks()
         first = await anext(chunks, b"")
         if self.length == len(first):
             async for _ in chunks:  # the end of the body may come as a message of its own
                 raise Malformed(f"the body goes on after the announced {self.length} bytes")
             return first
-        if self.length is None:
-            grown = bytearray(first)
-            async for chunk in chunks:
-                grown += chunk
-            return grown
-        whole, at = bytearray(self.length), len(first)
-        whole[:at] = first
+        whole = bytearray(first)
         async for chunk in chunks:
-            end = at + len(chunk)
-            if end > self.length:
+            whole += chunk
+            if self.length is not None and len(whole) > self.length:
                 raise Malformed(f"the body goes on after the announced {self.length} bytes")
-            whole[at:end] = chunk
-            at = end
-        if at != self.length:
-            raise Malformed(f"the body ends after {at} of {self.length} bytes")
+        if self.length is not None and len(whole) != self.length:
+            raise Malformed(f"the body ends after {len(whole)} of {self.length} bytes")
         return whole

@@ -90,7 +90,9 @@ def header_key(request: Request) -> str | None:
 
 def digest_of(request: Request, what: str, body: bytes | bytearray) -> bytes:
     """Return XXH3-128 over all that decides what a request does: method, route, query and body."""
-    hasher = xxhash.xxh3_128(f"{request.method} {what}\n".encode())
+    # A step may come by three addresses; what creates or changes names its session in the path.
+    where = what if what == "step" else request.url.path
+    hasher = xxhash.xxh3_128(f"{request.method} {where}\n".encode())
     if query := request.url.query:
         kept = sorted(pair for pair in parse_qsl(query, True) if pair[0] not in _CLAIMS)
         hasher.update(urlencode(kept).encode())

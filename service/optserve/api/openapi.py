@@ -89,7 +89,7 @@ def operation(
     if parameters:
         extra["parameters"] = list(parameters)
     if body is not None or binary is not None:
-        content = {} if body is None else {"application/json": {"schema": ref(body)}}
+        content = {} if body is None else {"application/json": _json_body(body)}
         content |= {} if binary is None else {SAFETENSORS: dict(binary)}
         extra["requestBody"] = {"required": body_required, "content": content}
     return {
@@ -98,6 +98,12 @@ def operation(
         "responses": responses,
         "openapi_extra": extra,
     }
+
+
+def _json_body(component: str) -> dict[str, Any]:
+    """Return the media type object of a JSON body, with what the API page fills in at first."""
+    example = schemas.EXAMPLES.get(component)
+    return {"schema": ref(component), **({} if example is None else {"example": example})}
 
 
 def _plain(component: str | None) -> dict[str, Any]:

@@ -22,6 +22,8 @@ Encoding = Literal["list", "base64"]
 #: Of one write to the socket.
 CHUNK_BYTES = 256 * 1024
 _DUMP = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+#: A document ends its line, so that a shell's prompt begins the next one.
+_DOCUMENT = _DUMP | orjson.OPT_APPEND_NEWLINE
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def json_response(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Answer a JSON document without tensors."""
-    return Response(dump(finite(value)), status, headers, JSON)
+    return Response(orjson.dumps(finite(value), option=_DOCUMENT), status, headers, JSON)
 
 
 def json_tensors(params: Published, encoding: Encoding, dtype: str | None) -> dict[str, Any]:
@@ -183,4 +185,4 @@ def _json_text(
     document = finite(fields)
     if params is not None:
         document["params"] = json_tensors(params, encoding, dtype)
-    return dump(document)
+    return orjson.dumps(document, option=_DOCUMENT)

@@ -21,7 +21,6 @@ from optserve.sessions.ledger import Identity
 from optserve.sessions.operations import AdvanceScheduler, SetScheduler
 from optserve_client.errors import (
     Conflict,
-    Invalid,
     SchedulerFailed,
     SessionNotFound,
     TorchRefused,
@@ -50,14 +49,19 @@ async def get_scheduler(session_id: SessionId, request: Request, media: JsonMedi
     ),
 )
 async def put_scheduler(
-    session_id: SessionId, request: Request, media: Media, claim: Claim
+    session_id: SessionId,
+    request: Request,
+    media: Media,
+    claim: Claim,
+    abandon: Annotated[bool, Query(description="Give up an open LBFGS line search.")] = False,
 ) -> Response:
     """Attaches it as torch does, which may change the lr at once. A list is a ChainedScheduler;
     null takes the scheduler away."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "scheduler", needs="a value")
     change = SetScheduler(spec=incoming.value)
-    return await encode_reply(media, await done(session.change(change, incoming.identity)))
+    reply = session.change(change, incoming.identity, abandon=abandon)
+    return await encode_reply(media, await done(reply))
 
 
 class AdvanceBody(Fields):
@@ -65,6 +69,8 @@ class AdvanceBody(Fields):
 
     #: What ReduceLROnPlateau follows; no other scheduler takes it.
     metrics: float | None = None
+    #: Give up an open LBFGS line search.
+    abandon: bool = False
 
 
 @routes.post(
@@ -84,8 +90,10 @@ async def step_scheduler(
     """torch's `scheduler.step()`; refused where each update advances the scheduler by itself."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "scheduler/step", needs=None)
-    change = AdvanceScheduler(metrics=AdvanceBody.parse(incoming.fields).metrics)
-    return await encode_reply(media, await done(session.change(change, incoming.identity)))
+    body = AdvanceBody.parse(incoming.fields)
+    change = AdvanceScheduler(metrics=body.metrics)
+    reply = session.change(change, incoming.identity, abandon=body.abandon)
+    return await encode_reply(media, await done(reply))
 
 
 @routes.get(
@@ -100,15 +108,15 @@ async def preview_scheduler(
     session_id: SessionId,
     request: Request,
     media: JsonMedia,
-    steps: Annotated[int, Query(ge=1, le=100_000, description="Rows to compute.")] = 100,
+    steps: Annotated[int, Query(ge=1, le=10_000, description="Rows to compute.")] = 100,
     metrics: Annotated[
         list[float] | None,
         Query(description="For ReduceLROnPlateau, one per step; the last one holds."),
     ] = None,
 ) -> Response:
     """Row `i` is what the `i`-th update from now uses, if the scheduler advances after each one."""
-    session = session_of(request, session_id)
-    return json_response(await done(session.scheduler_preview(steps, metrics)))
+    outlook = await done(session_of(request, session_id).outlook())
+    return json_response(await asyncio.to_thread(outlook.ahead, steps, metrics))
 
 
 class PreviewBody(Fields):
@@ -144,13 +152,9 @@ async def preview_schedule(request: Request, media: JsonMedia) -> Response:
 
 def hyperparameters(body: PreviewBody) -> list[dict[str, Any]]:
     """Return each group's hyperparameters, complete."""
-    given = {"name": body.optimizer} if isinstance(body.optimizer, str) else dict(body.optimizer)
-    name = given.pop("name", None)
-    if not isinstance(name, str):
-        raise Invalid("optimizer.name is missing; GET /v1/optimizers lists the names")
-    entry = catalogue.find(name)
+    entry, given = catalogue.parse(body.optimizer)
     defaults = {key: one.default for key, one in entry.hyperparameters.items() if not one.required}
-    hyper = {**defaults, **entry.fixed, **entry.normalise(given, "optimizer")}
+    hyper = {**defaults, **entry.fixed, **given}
     overrides = [{}] if body.groups is None else body.groups
     return [
         {**hyper, **entry.normalise_group(group, f"groups[{i}]")}

@@ -143,6 +143,29 @@ TENSORS: dict[str, Schema] = {
 }
 
 
+_FIRST_CREATE: dict[str, Any] = {
+    "optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.5},
+    "params": {"w": [1.0, -2.0]},
+}
+_FIRST_STEP: dict[str, Any] = {"grads": {"w": [0.5, -1.0]}, "loss": 0.7}
+#: Bodies to try, by component: those of docs/quickstart.md, so that one fits the other.
+EXAMPLES: dict[str, Any] = {
+    "CreateBody": _FIRST_CREATE,
+    "StepBody": _FIRST_STEP,
+    "OneCallBody": {"id": "first", **_FIRST_CREATE, **_FIRST_STEP},
+    "PatchBody": {"clip_grad_norm": 1.0},
+    "PutParamsBody": {"params": {"w": [1.0, -2.0]}},
+    "GroupBody": {"lr": 0.01},
+    "AddGroupBody": {"params": {"v": [0.5]}, "lr": 0.01},
+    "MetricsBody": {"version": 0, "metrics": {"accuracy": 0.9}},
+    "PreviewBody": {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "scheduler": {"name": "StepLR", "step_size": 3},
+        "steps": 10,
+    },
+}
+
+
 def requests() -> dict[str, Schema]:
     """Return the components that are bodies."""
     accumulate: dict[str, Schema] = {

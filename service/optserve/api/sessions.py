@@ -154,8 +154,10 @@ async def patch_session(
     """Fields that are left out stay as they are."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "session")
+    abandon = incoming.take_flag("abandon")
     change = Patch.of_body(incoming.fields)
-    return await encode_reply(media, await done(session.change(change, incoming.identity)))
+    reply = session.change(change, incoming.identity, abandon=abandon)
+    return await encode_reply(media, await done(reply))
 
 
 @routes.delete(
@@ -172,13 +174,12 @@ async def delete_session(
     request: Request,
     media: Media,
     claim: Claim,
-    abandon: Annotated[bool, Query(description="Even while an LBFGS line search is open.")] = False,
 ) -> Response:
     """Forget the session, its journal and its snapshots. A repeat answers 404."""
     incoming = await read_request(request, claim, "session", needs=None)
     incoming.check_empty()
     registry = registry_of(request)
-    reply = await done(registry.delete(TENANT, session_id, incoming.identity, abandon))
+    reply = await done(registry.delete(TENANT, session_id, incoming.identity))
     return await encode_reply(media, reply)
 
 

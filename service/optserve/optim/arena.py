@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from weakref import WeakSet
 
 import numpy as np
 import torch
 
 from optserve.optim.layout import Layout
 from optserve_client import wire
+from optserve_client.errors import Unavailable
 
 TORCH_DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}
 WIRE_TAGS = {
@@ -71,7 +73,7 @@ class Arena:
 
     def fill(self, tensors: Mapping[str, wire.Tensor]) -> None:
         """Copy tensors of the layout's dtype and shapes in; those not named stay as they are."""
-        if self.flat.device.type != "cpu":
+        if self.flat.device.type != "cpu" or self.flat.dtype != TORCH_DTYPES[self.layout.dtype]:
             for name, tensor in tensors.items():
                 self.views[name].copy_(from_wire(tensor))
             return
@@ -94,6 +96,14 @@ class Arena:
         twin = Arena(self.layout, str(self.flat.device), self.flat.dtype)
         twin.flat.copy_(self.flat)
         return twin
+
+    def rounded(self, dtype: torch.dtype) -> Arena:
+        """Return this arena if it has ``dtype``, else a rounded copy."""
+        if self.flat.dtype == dtype:
+            return self
+        copy = Arena(self.layout, str(self.flat.device), dtype)
+        copy.flat.copy_(self.flat)
+        return copy
 
     def grown(self, layout: Layout) -> Arena:
         """Return an arena of ``layout``, whose first tensors are this one's."""
@@ -130,16 +140,31 @@ class GradientBuffer:
         self._give_back(self)
 
 
+#: Gradients of one session that may be under way at a time, in bytes; two always may.
+LEASED_BYTES = 2 * 2**30
+
+
 class GradientPool:
     """Gradient buffers of one layout; one stays warm, so that a step allocates nothing."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._warm: deque[GradientBuffer] = deque(maxlen=1)  # pop and append are atomic
+        self._out: WeakSet[GradientBuffer] = WeakSet()
 
     def lease(self) -> GradientBuffer:
-        """Return a buffer that nobody else has."""
+        """Return a buffer that nobody else has; Unavailable where too many are under way."""
         try:
             return self._warm.pop()
         except IndexError:
-            return GradientBuffer(self.layout, self._warm.append)
+            pass
+        count = len(self._out)
+        if count >= 2 and (count + 1) * self.layout.nbytes > LEASED_BYTES:
+            raise Unavailable(
+                f"{count} gradients of {self.layout.nbytes} bytes are under way, "
+                f"the limit is {LEASED_BYTES} bytes",
+                retry_after=1,
+            )
+        buffer = GradientBuffer(self.layout, self._warm.append)
+        self._out.add(buffer)
+        return buffer

@@ -16,7 +16,8 @@ class Ema:
     """torch's AveragedModel with get_ema_multi_avg_fn: the first update copies the params."""
 
     def __init__(self, params: Arena, decay: float) -> None:
-        self.arena = params.clone()
+        #: In float32 for bfloat16 params, whose few bits would soon stop moving.
+        self.arena = widened(params)
         self.updates = 0
         self._average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
@@ -25,9 +26,8 @@ class Ema:
         if self.updates == 0:
             self.arena.flat.copy_(params.flat)
         else:
-            self._average(
-                list(self.arena.views.values()), list(params.views.values()), self.updates
-            )
+            live = widened(params) if params.flat.dtype == torch.bfloat16 else params
+            self._average(list(self.arena.views.values()), list(live.views.values()), self.updates)
         self.updates += 1
 
 
@@ -84,9 +84,23 @@ class Window:
         return {name: total.to(dtype) for name, total in sums.items()}
 
 
-def arena_of(layout: Layout, device: str, tensors: dict[str, torch.Tensor]) -> Arena:
+def widened(params: Arena) -> Arena:
+    """Return a copy that averages: float32 for bfloat16, else the same dtype."""
+    dtype = params.flat.dtype
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    copy = Arena(params.layout, str(params.flat.device), wide)
+    copy.flat.copy_(params.flat)
+    return copy
+
+
+def arena_of(
+    layout: Layout,
+    device: str,
+    tensors: dict[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+) -> Arena:
     """Return an arena that holds copies of ``tensors``."""
-    arena = Arena(layout, device)
+    arena = Arena(layout, device, dtype)
     for name, view in arena.views.items():
         view.copy_(tensors[name])
     return arena

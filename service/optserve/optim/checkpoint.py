@@ -59,8 +59,10 @@ def dump(engine: Engine) -> tuple[dict[str, Any], dict[str, wire.Tensor]]:
     if engine.line_search is not None and engine.line_search.open:
         record = [(loss, grad) for loss, grad in engine.line_search.record]
         meta["line_search"] = flatten(record, "lbfgs", tensors)[0]
-        if engine.line_search.trial is not None:
-            tensors |= {f"trial/{n}": v for n, v in engine.line_search.trial.views.items()}
+        for kind in ("start", "trial"):
+            arena = getattr(engine.line_search, kind)
+            if arena is not None:
+                tensors |= {f"{kind}/{n}": v for n, v in arena.views.items()}
     return meta, {name: to_wire(tensor) for name, tensor in tensors.items()}
 
 
@@ -90,7 +92,8 @@ def load(
         engine.scheduler.load(meta["scheduler"])
     if engine.ema is not None:
         engine.ema.updates = meta["ema"]["updates"]
-        engine.ema.arena = arena_of(layout, device, _named("ema/", layout, found))
+        wide = engine.ema.arena.flat.dtype
+        engine.ema.arena = arena_of(layout, device, _named("ema/", layout, found), wide)
     if engine.best is not None:
         engine.best.value, engine.best.version = meta["best"]["value"], meta["best"]["version"]
         engine.best.arena = arena_of(layout, device, _named("best/", layout, found))
@@ -100,8 +103,10 @@ def load(
         engine.window.sums = {name: _from_plain(kept) for name, kept in sums.items()}
     if engine.line_search is not None and "line_search" in meta:
         engine.line_search.record = unflatten(meta["line_search"], found, device)
-        if f"trial/{layout.names[0]}" in found:
-            engine.line_search.trial = arena_of(layout, device, _named("trial/", layout, found))
+        for kind in ("start", "trial"):
+            if f"{kind}/{layout.names[0]}" in found:
+                arena = arena_of(layout, device, _named(f"{kind}/", layout, found))
+                setattr(engine.line_search, kind, arena)
     return engine
 
 

@@ -53,7 +53,7 @@ class Engine:
     ) -> None:
         self.recipe = recipe
         self.layout = layout
-        self.entry = catalogue.find(recipe.optimizer["name"])
+        self.entry = catalogue.find(recipe.optimizer)
         self.impl = self.entry.pick_impl(
             recipe.impl,
             recipe.device.split(":")[0],
@@ -104,8 +104,10 @@ class Engine:
         count = len(self.optimizer.param_groups)
         if len(changes) > count:
             raise Invalid(f"groups has {len(changes)} entries and the session has {count} groups")
+        groups = self.optimizer.param_groups
         return [
-            self.entry.normalise_change(change, f"groups[{i}]") for i, change in enumerate(changes)
+            self.entry.normalise_change(change, f"groups[{i}]", groups[i])
+            for i, change in enumerate(changes)
         ]
 
     def assign(self, changes: Sequence[Mapping[str, Any]]) -> None:
@@ -261,11 +263,9 @@ class Engine:
         if not self.entry.eval_weights:
             raise Invalid(f"weights=eval: {self.entry.name} evaluates with its live weights")
         evaluated = self.params.clone()
-        for view, tensor in zip(
-            evaluated.views.values(),
-            catalogue.eval_params(self.optimizer, self.parameters.values()),
-            strict=True,
-        ):
+        with torchs_refusals():
+            weights = catalogue.eval_params(self.optimizer, self.parameters.values())
+        for view, tensor in zip(evaluated.views.values(), weights, strict=True):
             view.copy_(tensor)
         return evaluated.copy_bytes()
 

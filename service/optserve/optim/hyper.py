@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ def shown(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    """Return a hyperparameter as JSON has it: tuples are lists, tensors numbers, dtypes names."""
-    if isinstance(value, tuple):
-        return list(value)
+    """Return a hyperparameter as JSON has it: no tuples, tensors, dtypes, NaN or Infinity."""
     if isinstance(value, torch.Tensor):
-        return value.tolist()
+        value = value.tolist()
+    if isinstance(value, tuple | list):
+        return [_shown(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value

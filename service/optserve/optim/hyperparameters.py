@@ -1,230 +1,231 @@
-"""Hyperparameters of an optimizer class: read off its signature, checked before torch sees them."""
+"""One hyperparameter of an optimizer: its default, its JSON Schema, and the check of a value.
+
+The schema that the catalogue publishes is the one that is enforced: :func:`check` reads the same
+keywords. Types and defaults come from the constructor's signature.
+"""
 
 from __future__ import annotations
 
 import difflib
+import enum
 import inspect
 import math
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from optserve.optim.expressions import shown
 from optserve_client.errors import Invalid
 
-#: Arguments that choose an implementation: the session's ``impl`` does.
-FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-#: Arguments that JSON cannot say, or that have no meaning for a session.
-_SKIPPED = FLAGS | {"self", "params", "model", "compile_kwargs", "kwargs", "args"}
+Schema = Mapping[str, Any]
 
-#: Name -> (least, most, most is excluded). Of each element where the value is a tuple.
-_BOUNDS: dict[str, tuple[float, float, bool]] = {
-    "lr": (0.0, math.inf, False),
-    "betas": (0.0, 1.0, True),
-    "beta1": (0.0, 1.0, True),
-    "beta2": (0.0, 1.0, True),
-    "eps": (0.0, math.inf, False),
-    "weight_decay": (0.0, math.inf, False),
-    "momentum": (0.0, math.inf, False),
-    "alpha": (0.0, math.inf, False),
-    "rho": (0.0, 1.0, False),
-    "lr_decay": (0.0, math.inf, False),
-    "initial_accumulator_value": (0.0, math.inf, False),
-    "momentum_decay": (0.0, math.inf, False),
-    "switch_tol": (0.0, math.inf, False),
-    "ns_steps": (1, 99, False),
-    "max_iter": (1, 10_000, False),
-    "max_eval": (1, 100_000, False),
-    "history_size": (1, 10_000, False),
-    "tolerance_grad": (0.0, math.inf, False),
-    "tolerance_change": (0.0, math.inf, False),
-    "k": (1, 1_000, False),
-    "num_iterations": (1, 2**53, False),
+#: Chosen by the session's ``impl``.
+IMPL_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+#: Integers beyond it are not exact in every JSON reader, and overflow inside torch.
+INTEGER_LIMIT = 2**53
+LENGTH_LIMIT = 100
+#: What people write who think of another library, and what it may be called here.
+_SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "learning_rate": ("lr",),
+    "learningrate": ("lr",),
+    "beta": ("betas",),
+    "beta1": ("betas", "momentum"),
+    "beta2": ("betas",),
+    "epsilon": ("eps",),
+    "wd": ("weight_decay",),
+    "l2": ("weight_decay",),
+    "decay": ("weight_decay",),
+    "amsgrad": ("ams_bound",),
+    "ams_bound": ("amsgrad",),
 }
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "line_search_fn": ("strong_wolfe",),
-    "adjust_lr_fn": ("original", "match_rms_adamw"),
-    "pullback_momentum": ("none", "reset", "pullback"),
+_NAMES = {
+    "number": "a number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "string": "a string",
+    "null": "null",
 }
-_MAX_TEXT = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hyper:
     """One hyperparameter."""
 
-    #: ``number``, ``integer``, ``boolean``, ``string``, or ``numbers`` for a tuple.
-    kind: str
+    #: The constructor's own.
     default: Any
+    schema: Schema
+    #: One line.
+    doc: str = ""
     required: bool = False
-    nullable: bool = False
-    #: Elements of a tuple.
-    length: int = 0
-    #: Element by element: None is allowed (Adafactor's eps).
-    nullable_elements: bool = False
-    least: float = -math.inf
-    most: float = math.inf
-    open_end: bool = False
-    choices: tuple[str, ...] = ()
-
-    def bound(self) -> str:
-        """Return the bound for a sentence: ``in [0, 1)``."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        if self.kind == "boolean":
-            return "true or false"
-        if self.kind == "string":
-            return "a string"
-        what = "an integer" if self.kind == "integer" else "a number"
-        if math.isfinite(self.most):
-            return f"{what} in [{self.least:g}, {self.most:g}{')' if self.open_end else ']'}"
-        return f"{what} >= {self.least:g}" if math.isfinite(self.least) else what
 
     def check(self, value: Any, where: str) -> Any:
-        """Return ``value`` as torch wants it, or raise Invalid that names value and bound."""
-        if value is None and self.nullable:
-            return None
-        if self.kind != "numbers":
-            return self._check_one(value, where)
-        if not isinstance(value, (list, tuple)) or len(value) != self.length:
-            raise Invalid(
-                f"{where} must be a list of {self.length} numbers, got {value!r:.80}", field=where
-            )
-        return tuple(
-            None
-            if item is None and self.nullable_elements
-            else self._check_one(item, f"{where}[{i}]")
-            for i, item in enumerate(value)
-        )
-
-    def _check_one(self, value: Any, where: str) -> Any:
-        if not self._admits(value):
-            raise Invalid(f"{where} must be {self.bound()}, got {value!r:.80}", field=where)
-        # A float also where JSON has 1: Python would compute a power of two ints digit by digit.
-        return float(value) if self.kind in ("number", "numbers") else value
-
-    def _admits(self, value: Any) -> bool:
-        if self.kind == "boolean":
-            return isinstance(value, bool)
-        if self.kind == "string":
-            fits = isinstance(value, str) and len(value) <= _MAX_TEXT
-            return fits and (not self.choices or value in self.choices)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        if self.kind == "integer" and not isinstance(value, int):
-            return False
-        if not -1e308 <= value <= 1e308:
-            return False
-        return (
-            self.least <= value < self.most if self.open_end else self.least <= value <= self.most
-        )
-
-    def schema(self) -> dict[str, Any]:
-        """Return the JSON Schema of this hyperparameter."""
-        if self.kind == "numbers":
-            item = self._one_schema()
-            if self.nullable_elements:
-                item = {"anyOf": [item, {"type": "null"}]}
-            made = {
-                "type": "array",
-                "items": item,
-                "minItems": self.length,
-                "maxItems": self.length,
-            }
-        else:
-            made = self._one_schema()
-        if self.nullable:
-            made = {"anyOf": [made, {"type": "null"}]}
-        if not self.required:
-            made["default"] = self.json_default
-        return made
+        """Return ``value`` as the constructor takes it (dtypes by name), or raise Invalid."""
+        return check(value, self.schema, where)
 
     @property
     def json_default(self) -> Any:
-        """The default as strict JSON has it."""
-        if isinstance(self.default, tuple):
-            return list(self.default)
-        return "Infinity" if self.default == math.inf else self.default
-
-    def _one_schema(self) -> dict[str, Any]:
-        made: dict[str, Any] = {"type": "number" if self.kind == "numbers" else self.kind}
-        if math.isfinite(self.least):
-            made["minimum"] = self.least
-        if math.isfinite(self.most):
-            made["exclusiveMaximum" if self.open_end else "maximum"] = self.most
-        if self.choices:
-            made["enum"] = list(self.choices)
-        return made
+        """The default as strict JSON has it: dtypes by name, Infinity as a string."""
+        return _json_value(self.default)
 
 
-def derive(cls: type, defaults: Mapping[str, Any] | None = None) -> dict[str, Hyper]:
-    """Read the hyperparameters off a class's signature; ``defaults`` replaces some of its own."""
-    found: dict[str, Hyper] = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if name in _SKIPPED or parameter.kind in (
-            inspect.Parameter.VAR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-        ):
-            continue
-        required = parameter.default is inspect.Parameter.empty
-        default = None if required else parameter.default
-        if defaults and name in defaults:
-            default = defaults[name]
-        if callable(default):
-            continue
-        hyper = _hyper(name, str(parameter.annotation), default, required)
-        if hyper is not None:
-            found[name] = hyper
-    return found
-
-
-def _hyper(name: str, annotation: str, default: Any, required: bool) -> Hyper | None:
-    least, most, open_end = _BOUNDS.get(name, (-math.inf, math.inf, False))
-    common: dict[str, Any] = {
-        "default": default,
-        "required": required,
-        "nullable": (default is None and not required) or "None" in annotation.split("[")[0],
-        "least": least,
-        "most": most,
-        "open_end": open_end,
+def arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """Return the constructor's named arguments but params and the flags of the implementation."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(cls, eval_str=True).parameters.items()
+        if name not in IMPL_FLAGS
+        and name != "params"
+        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
-    if isinstance(default, (tuple, list)) or "tuple" in annotation.lower() or "Betas" in annotation:
-        if default is None:
-            return None
-        return Hyper(
-            kind="numbers",
-            length=len(default),
-            nullable_elements=any(item is None for item in default),
-            **{**common, "default": tuple(default), "nullable": False},
+
+
+def schema_of(parameter: inspect.Parameter) -> dict[str, Any] | None:
+    """Return the JSON Schema of an argument's type; None for what JSON cannot express."""
+    default = None if parameter.default is inspect.Parameter.empty else parameter.default
+    if isinstance(default, enum.IntEnum):
+        return {"enum": [int(member) for member in type(default)]}
+    members = _members(parameter.annotation)
+    if isinstance(default, tuple):
+        return _tuple_schema(members, len(default))
+    return _scalar_schema(members)
+
+
+def _scalar_schema(members: Sequence[Any]) -> dict[str, Any] | None:
+    null = type(None) in members
+    if literals := [m for m in members if typing.get_origin(m) is typing.Literal]:
+        choices = [choice for m in literals for choice in typing.get_args(m)]
+        return {"enum": choices + [None] * null}
+    if torch.dtype in members:
+        return {"enum": [*DTYPES, *[None] * null]}
+    known = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    found = [known[m] for m in members if m in known] + ["null"] * null
+    if found in ([], ["null"]):
+        return None
+    return {"type": found[0] if len(found) == 1 else found}
+
+
+def _tuple_schema(members: Sequence[Any], length: int) -> dict[str, Any] | None:
+    if tuple[int, ...] in members:
+        return {"type": "array", "items": {"type": "integer"}, "maxItems": LENGTH_LIMIT}
+    elements = next((a for m in members if len(a := typing.get_args(m)) == length), ())
+    items = [_scalar_schema(_members(element)) for element in elements]
+    if not items or None in items:
+        return None
+    return {"type": "array", "prefixItems": items, "minItems": length, "maxItems": length}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return int(value) if isinstance(value, enum.IntEnum) else value
+
+
+def check(value: Any, schema: Schema, where: str) -> Any:
+    """Return ``value`` as the constructor takes it (dtypes by name), or raise Invalid."""
+    if isinstance(value, torch.dtype):
+        value = _json_value(value)
+    if "enum" in schema:
+        if not any(type(value) is type(c) and value == c for c in schema["enum"]):
+            choices = ", ".join(shown(choice) for choice in schema["enum"])
+            raise _refusal(where, f"must be one of {choices}", value)
+        return value
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if "array" in kinds:
+        return _checked_list(value, schema, where)
+    if (
+        (value is None and "null" in kinds)
+        or (isinstance(value, bool) and "boolean" in kinds)
+        or (isinstance(value, str) and "string" in kinds and len(value) <= LENGTH_LIMIT)
+    ):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if "integer" in kinds and (isinstance(value, int) or value.is_integer()):
+            return _bounded(_exact(int(value), where), schema, where)
+        if "number" in kinds:
+            return _bounded(_finite(value, where), schema, where)
+    raise _refusal(where, f"must be {' or '.join(_NAMES[kind] for kind in kinds)}", value)
+
+
+def _refusal(where: str, rule: str, value: Any) -> Invalid:
+    return Invalid(f"{where} {rule}, got {shown(value)}", field=where)
+
+
+def _exact(value: int, where: str) -> int:
+    if abs(value) > INTEGER_LIMIT:
+        raise _refusal(where, f"must be at most {INTEGER_LIMIT}", value)
+    return value
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise _refusal(where, "must be a finite number", value)
+    return number
+
+
+def _checked_list(value: Any, schema: Schema, where: str) -> tuple[Any, ...]:
+    length = len(value) if isinstance(value, list | tuple) else -1
+    least, most = schema.get("minItems", 0), schema["maxItems"]
+    if not least <= length <= most:
+        count = f"{most}" if least == most else f"at most {most}"
+        raise _refusal(where, f"must be a list of {count} values", value)
+    items = schema.get("prefixItems") or [schema["items"]] * length
+    pairs = zip(value, items, strict=True)
+    return tuple(check(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(pairs))
+
+
+def _bounded(value: Any, schema: Schema, where: str) -> Any:
+    if (
+        value < schema.get("minimum", -math.inf)
+        or value <= schema.get("exclusiveMinimum", -math.inf)
+        or value > schema.get("maximum", math.inf)
+        or value >= schema.get("exclusiveMaximum", math.inf)
+    ):
+        raise _refusal(where, f"must be {interval(schema)}", value)
+    return value
+
+
+def interval(schema: Schema) -> str:
+    """Return the bounds of a schema in words: ``>= 0``, ``in [0, 1)``."""
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum", schema.get("exclusiveMaximum"))
+    if low is not None and high is not None:
+        left, right = "[" if "minimum" in schema else "(", "]" if "maximum" in schema else ")"
+        return f"in {left}{low:g}, {high:g}{right}"
+    if low is not None:
+        return f"{'>=' if 'minimum' in schema else '>'} {low:g}"
+    return f"{'<=' if 'maximum' in schema else '<'} {high:g}"
+
+
+def unknown(key: str, known: Iterable[str], name: str, where: str) -> Invalid:
+    """Return the refusal of a key that ``name`` does not have, with the closest spelling."""
+    field, names = f"{where}.{key[:LENGTH_LIMIT]}", list(known)
+    if key in IMPL_FLAGS:
+        return Invalid(
+            f"{field} is not set here: impl of the session chooses the implementation "
+            "(auto, fused, foreach or single)",
+            field=field,
         )
-    if isinstance(default, bool) or annotation.startswith(("bool", "<class 'bool'")):
-        return Hyper(kind="boolean", **{**common, "least": -math.inf, "most": math.inf})
-    if isinstance(default, str) or "str" in annotation or "Literal" in annotation:
-        plain = {**common, "least": -math.inf, "most": math.inf}
-        return Hyper(kind="string", choices=_CHOICES.get(name, ()), **plain)
-    if "float" in annotation or isinstance(default, float):
-        return Hyper(kind="number", **common)
-    if "int" in annotation or isinstance(default, int):
-        return Hyper(kind="integer", **common)
-    return None
-
-
-def check_all(given: Mapping[str, Any], known: Mapping[str, Hyper], where: str) -> dict[str, Any]:
-    """Return ``given`` normalised; raise Invalid for unknown names and wrong values."""
-    checked = {}
-    for name, value in given.items():
-        if name in FLAGS:
-            raise Invalid(
-                f"{where}.{name} is not a hyperparameter: choose the implementation with impl",
-                field=f"{where}.{name}",
-            )
-        if name not in known:
-            raise Invalid(unknown(name, known, where), field=f"{where}.{name:.80}")
-        checked[name] = known[name].check(value, f"{where}.{name}")
-    return checked
-
-
-def unknown(name: str, known: Mapping[str, Any], where: str) -> str:
-    """Return the sentence for an unknown name, with the closest known one."""
-    close = difflib.get_close_matches(name[:256], known, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{where}: unknown hyperparameter {name[:80]!r}{hint}"
+    close = [n for n in _SYNONYMS.get(key.lower(), ()) if n in names]
+    close = close or difflib.get_close_matches(key[:LENGTH_LIMIT].lower(), names, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names) or 'none'}"
+    said = f"{where}: {key[:LENGTH_LIMIT]!r} is not a hyperparameter of {name}: {hint}"
+    return Invalid(said, field=field)

@@ -31,6 +31,8 @@ class LineSearch:
         self._optimizer = optimizer
         #: Loss and flat gradient of every closure call so far, in order.
         self.record: list[tuple[float, torch.Tensor]] = []
+        #: Where the step starts, if the caller brought params with its first evaluation.
+        self.start: Arena | None = None
         #: Where the next evaluation is wanted; None between steps.
         self.trial: Arena | None = None
 
@@ -41,7 +43,7 @@ class LineSearch:
     def abandon(self) -> None:
         """Forget the step that is under way; params and history are as before it."""
         self.record = []
-        self.trial = None
+        self.start = self.trial = None
 
     def evaluate(self, loss: float, flat_grad: torch.Tensor, params: Arena) -> bool:
         """Add one evaluation and run torch's step over the record; True when the step is complete.
@@ -49,7 +51,9 @@ class LineSearch:
         ``params`` changes only then; until then :attr:`trial` holds the params to evaluate at.
         """
         self.record.append((loss, flat_grad.clone()))
-        start = params.flat.clone()
+        live = params.flat.clone()
+        if self.start is not None:
+            params.flat.copy_(self.start.flat)
         parameters: list[torch.nn.Parameter] = self._optimizer.param_groups[0]["params"]
         state = self._optimizer.state
         saved = dict(state.get(parameters[0], {}))
@@ -71,7 +75,7 @@ class LineSearch:
                 self._optimizer.step(closure)
         except _NeedEvaluation:
             self.trial = params.clone()
-            params.flat.copy_(start)
+            params.flat.copy_(live)
             state[parameters[0]] = saved
             return False
         finally:

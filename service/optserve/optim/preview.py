@@ -10,9 +10,9 @@ from optserve.optim.expressions import number, shown
 from optserve.optim.schedule_binding import Bare
 from optserve_client.errors import Invalid
 
-STEPS_LIMIT = 100_000
+STEPS_LIMIT = 10_000
 #: Steps x groups x schedulers: about as many values are computed.
-WORK_LIMIT = 1_000_000
+WORK_LIMIT = 100_000
 
 Row = list[dict[str, Any]]
 

@@ -42,13 +42,28 @@ def rehearse(recipe: Recipe, layout: Layout) -> None:
 
     Raises TorchRefused with torch's sentence, or any refusal of ours.
     """
-    numel = sum(slot.numel for slot in layout.slots)
-    shapes = [(slot.name, slot.shape) for slot in layout.slots]
-    if numel > _FULL_SIZE_ELEMENTS:
-        shapes = [(n, tuple(min(d, _SMALL_DIMENSION) for d in shape)) for n, shape in shapes]
-    small = Layout.pack(layout.dtype, shapes)
+    small = _small(layout)
     with torchs_refusals():
         step(Engine(replace(recipe, accumulate_steps=1), small, None))
+
+
+def _small(layout: Layout) -> Layout:
+    numel = sum(slot.numel for slot in layout.slots)
+    if numel <= _FULL_SIZE_ELEMENTS:
+        return layout
+    shapes = [(s.name, tuple(min(d, _SMALL_DIMENSION) for d in s.shape)) for s in layout.slots]
+    return Layout.pack(layout.dtype, shapes)
+
+
+def rehearse_change(engine: Engine, index: int, change: Mapping[str, Any]) -> None:
+    """Rehearse the engine's recipe with other hyperparameters of one group, after a first step."""
+    with torchs_refusals():
+        trial = Engine(replace(engine.recipe, accumulate_steps=1), _small(engine.layout), None)
+        step(trial)
+        trial.assign([*({} for _ in range(index)), change])
+        step(trial)
+        if trial.entry.eval_weights:
+            trial.eval_bytes()
 
 
 def rehearse_group(

@@ -15,6 +15,10 @@ class SWATS(pytorch_optimizer.SWATS):
     The library compares its estimates of the SGD rate with ``rtol=eps``, and eps is Adam's
     denominator too: at its default the switch never happens on smooth problems. ``switch_tol`` is
     used in that comparison only; None: eps, as in the library.
+
+    Args:
+        switch_tol: Relative tolerance of the switch to SGD; None is eps, as in the library.
+
     """
 
     def __init__(

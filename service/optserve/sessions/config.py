@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -20,6 +20,8 @@ from optserve.sessions.fields import Fields, shown
 from optserve_client import wire
 from optserve_client.errors import Invalid
 
+#: Tensors of one session.
+MAX_PARAMS = 10_000
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(max_length=10_000)]
 Tags = Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=64)]
@@ -98,12 +100,25 @@ def layout_of(params: Mapping[str, wire.Tensor]) -> Layout:
     return Layout.pack(dtype, ((name, tuple(t.shape)) for name, t in params.items()))
 
 
+def check_count(count: int) -> None:
+    """Refuse more params than the header of a state file can name."""
+    if count > MAX_PARAMS:
+        raise Invalid(f"params has {count} tensors, the limit is {MAX_PARAMS}")
+
+
+def origin_layout(origin: Mapping[str, Any]) -> Layout:
+    """Return the layout that a session was created with."""
+    shapes = ((name, tuple(shape)) for name, shape in origin["params"])
+    return Layout.pack(wire.dtype_tag(origin["dtype"]), shapes)
+
+
 def order_params(
     params: Mapping[str, wire.Tensor], order: list[str] | None
 ) -> dict[str, wire.Tensor]:
     """Return params in the session's order, names checked."""
     if not params:
         raise Invalid("params is empty; a session needs at least one parameter")
+    check_count(len(params))
     for name in params:
         wire.check_param_name(name)
     if order is None:
@@ -111,6 +126,12 @@ def order_params(
     if len(set(order)) != len(order) or set(order) != set(params):
         raise Invalid(f"order must name each of the {len(params)} params once, got {shown(order)}")
     return {name: params[name] for name in order}
+
+
+def check_dtype(wanted: str | None) -> None:
+    """Refuse a dtype that no session has."""
+    if wanted is not None and wanted not in devices.DTYPES:
+        raise Invalid(f"dtype must be one of {', '.join(devices.DTYPES)}, got {shown(wanted)}")
 
 
 def settle_dtype(params: Mapping[str, wire.Tensor], wanted: str | None) -> dict[str, wire.Tensor]:
@@ -127,22 +148,28 @@ def settle_dtype(params: Mapping[str, wire.Tensor], wanted: str | None) -> dict[
                 f"{', '.join(devices.DTYPES)}: say which with dtype"
             )
         return dict(params)
-    if wanted not in devices.DTYPES:
-        raise Invalid(f"dtype must be one of {', '.join(devices.DTYPES)}, got {shown(wanted)}")
+    check_dtype(wanted)
     return {n: wire.narrow(t, wire.dtype_tag(wanted)) for n, t in params.items()}
 
 
 def normalise(
-    fields: CreateFields, layout: Layout, default_device: str, promise: str
+    fields: CreateFields,
+    layout: Layout,
+    default_device: str,
+    promise: str,
+    overrides: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return the normalised config of a session with these params."""
+    """Return the normalised config of a session with these params.
+
+    ``overrides`` are what its groups set for themselves, where ``fields`` has no groups.
+    """
     given = {"name": fields.optimizer} if isinstance(fields.optimizer, str) else fields.optimizer
     if not isinstance(given, dict) or not isinstance(given.get("name"), str):
         raise Invalid(
             "optimizer must be a name or an object with a name and hyperparameters "
             f"(GET /v1/optimizers lists them), got {shown(given)}"
         )
-    entry = catalogue.find(given["name"])
+    entry = catalogue.find(given)
     hyper = {k: v for k, v in given.items() if k != "name"}
     if fields.maximize:
         if not entry.maximize:
@@ -159,9 +186,10 @@ def normalise(
     if sparse and entry.sparse == "never":
         raise Invalid(f"sparse: {entry.name} does not take sparse gradients")
     device = default_device if fields.device == "auto" else fields.device
+    hyper = entry.normalise(hyper, "optimizer", fields.groups or overrides)
     config = {
-        "optimizer": {"name": entry.name, **entry.normalise(hyper, "optimizer")},
-        "groups": _groups(fields.groups, entry, layout),
+        "optimizer": {"name": entry.name, **hyper},
+        "groups": _groups(fields.groups, entry, layout, hyper),
         "sparse": sorted(sparse),
         "scheduler": _scheduler(fields.scheduler),
         "ema": fields.ema.model_dump() if fields.ema else None,
@@ -175,16 +203,19 @@ def normalise(
     return plain(config)
 
 
-def renormalise(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def renormalise(config: Mapping[str, Any], layout: Layout, device: str) -> dict[str, Any]:
     """Return a normalised config that came back from outside, checked as on its first day.
 
+    It computes on ``device``, whatever the server did that it comes from.
     Its groups hold names where a create body has patterns.
     """
     given = {
         k: v for k, v in config.items() if k not in ("groups", "sparse", "durability", "device")
     }
-    normal = normalise(CreateFields.parse(given), layout, "auto", config["durability"])
-    entry = catalogue.find(normal["optimizer"]["name"])
+    normal = normalise(
+        CreateFields.parse(given), layout, device, config["durability"], config["groups"]
+    )
+    entry = catalogue.find(normal["optimizer"])
     groups = [
         {
             "params": group["params"],
@@ -244,7 +275,10 @@ def _pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _groups(
-    groups: list[dict[str, Any]] | None, entry: catalogue.Entry, layout: Layout
+    groups: list[dict[str, Any]] | None,
+    entry: catalogue.Entry,
+    layout: Layout,
+    hyper: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Resolve patterns to names: the first match wins, what is left forms one more group."""
     if groups is None:
@@ -268,7 +302,8 @@ def _groups(
             )
         left = [name for name in left if name not in set(taken)]
         overrides = {k: v for k, v in group.items() if k != "params"}
-        resolved.append({"params": taken, **entry.normalise_group(overrides, f"groups[{i}]")})
+        checked = entry.normalise_group(overrides, f"groups[{i}]", hyper)
+        resolved.append({"params": taken, **checked})
     return resolved + ([{"params": left}] if left else [])
 
 
@@ -277,7 +312,7 @@ def origin(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
 
     Hyperparameters that were left out count as their defaults.
     """
-    entry = catalogue.find(config["optimizer"]["name"])
+    entry = catalogue.find(config["optimizer"])
     defaults = {k: h.json_default for k, h in entry.hyperparameters.items()}
     shapes = [[slot.name, list(slot.shape)] for slot in layout.slots]
     return plain({**config, "optimizer": {**defaults, **config["optimizer"]}, "params": shapes})

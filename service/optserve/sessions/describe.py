@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,21 +76,30 @@ def scheduler(state: SessionState) -> dict[str, Any]:
     return {"spec": state.config["scheduler"], **(scheduler_line(state) or {})}
 
 
-def scheduler_preview(
-    state: SessionState, steps: int, metrics: list[float] | None
-) -> dict[str, Any]:
-    """Return the hyperparameters of the next ``steps`` advances; the state stays as it is."""
-    engine = state.engine
-    if engine.scheduler is None:
-        raise Conflict("the session has no scheduler; PUT one first")
-    rows = preview.preview(
-        state.config["scheduler"],
-        [dict(group) for group in engine.optimizer.param_groups],
-        steps,
-        state=engine.scheduler.state(),
-        metrics=metrics,
-    )
-    return {"steps": rows}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """A scheduler as it stands, apart from its session."""
+
+    spec: dict[str, Any]
+    groups: list[dict[str, Any]]
+    state: dict[str, Any]
+
+    @classmethod
+    def of(cls, state: SessionState) -> Outlook:
+        engine = state.engine
+        if engine.scheduler is None:
+            raise Conflict("the session has no scheduler; PUT one first")
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in engine.optimizer.param_groups
+        ]
+        spec = state.config["scheduler"]
+        return cls(spec=spec, groups=groups, state=engine.scheduler.state())
+
+    def ahead(self, steps: int, metrics: list[float] | None = None) -> dict[str, Any]:
+        """Return the hyperparameters of the next ``steps`` advances, from now on."""
+        rows = preview.preview(self.spec, self.groups, steps, state=self.state, metrics=metrics)
+        return {"steps": rows}
 
 
 def history(store: Store, key: Key, after_version: int, limit: int) -> list[dict[str, Any]]:

@@ -31,6 +31,31 @@ _UNION_TAG = re.compile(r"(?:constrained-)?(?:int|float|str)|bool|[A-Z]\w*|\w+\[
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _SHOWN
 
+#: What people write for a field, where its spelling is not close enough to tell.
+_ALIASES = {
+    "gradient": "grads",
+    "gradients": "grads",
+    "grad": "grads",
+    "parameters": "params",
+    "parms": "params",
+    "weights": "params",
+    "learning_rate": "lr",
+    "sched": "scheduler",
+    "lr_scheduler": "scheduler",
+    "max_grad_norm": "clip_grad_norm",
+    "clip_norm": "clip_grad_norm",
+    "grad_clip": "clip_grad_norm",
+    "grad_scale": "loss_scale",
+    "scale": "loss_scale",
+}
+#: Arguments of torch's optimizers that people put beside ``optimizer`` instead of inside.
+_HYPERPARAMETERS = frozenset(
+    "lr learning_rate betas eps weight_decay momentum dampening nesterov amsgrad alpha centered rho "
+    "lr_decay initial_accumulator_value momentum_decay decoupled_weight_decay lambd t0 etas "
+    "step_sizes max_iter max_eval tolerance_grad tolerance_change history_size line_search_fn "
+    "ns_steps beta2_decay".split()
+)
+
 
 class Fields(BaseModel):
     """Base of all request models: no unknown keys, no coercion, no NaN or Infinity."""
@@ -44,6 +69,8 @@ class Fields(BaseModel):
             known = [f.alias or name for name, f in cls.model_fields.items()]
             for key in data:
                 if key not in known:
+                    # A step's tensors were taken out of the body before; they are fields, too.
+                    known += ["grads", "params"] if "base_version" in known else []
                     raise PydanticCustomError(
                         "unknown_field", "{text}", {"text": unknown(key, known)}
                     )
@@ -201,7 +228,7 @@ def explain(exc: ValidationError, where: str = "") -> Invalid:
     if fault["type"] == "extra_forbidden":
         sentence = _inside(path_of(loc[:-1], where), unknown(loc[-1], ()))
     else:
-        sentence = _sentence(fault, path, bound)
+        sentence = say(fault, path, bound)
     return Invalid(sentence, field=path) if path else Invalid(sentence)
 
 
@@ -229,8 +256,17 @@ def path_of(loc: Iterable[int | str], where: str = "") -> str:
 def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
     """Return ``unknown field 'lrr' (did you mean 'lr'?)``."""
     # Comparing takes some 20 us per name: a session with 10,000 parameters gets fewer hints.
-    close = difflib.get_close_matches(str(name)[:256], islice(known, 1_000), n=1)
-    return f"unknown {what} {shown(name)}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    names, text = list(islice(known, 1_000)), str(name)[:256]
+    sentence = f"unknown {what} {shown(name)}"
+    if what == "field" and "optimizer" in names:  # a create body
+        if text in _HYPERPARAMETERS:
+            spelled = f", as {_ALIASES[text]!r}" if text in _ALIASES else ""
+            return f"{sentence}: hyperparameters go inside optimizer{spelled}"
+        names.append("params")
+    alias = _ALIASES.get(text.lower()) if what == "field" else None
+    close = [alias] if alias in names else difflib.get_close_matches(text, names, n=1)
+    hint = close[0] if close and close[0] != text else None
+    return f"{sentence} (did you mean {hint!r}?)" if hint else sentence
 
 
 def shown(value: object) -> str:
@@ -246,8 +282,13 @@ def shown(value: object) -> str:
 _BOUNDS = {
     "finite_number": "a finite number",
     "float_type": "a number",
+    "float_parsing": "a number",
     "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "an integer of 64 bits",
+    "int_from_float": "an integer",
     "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "string_type": "a string",
     "list_type": "a list",
     "tuple_type": "a list",
@@ -264,7 +305,8 @@ _BOUNDS = {
 _LIMITS = {"gt", "ge", "lt", "le"}
 
 
-def _sentence(fault: ErrorDetails, path: str, bound: str) -> str:
+def say(fault: ErrorDetails, path: str, bound: str = "") -> str:
+    """Return the sentence about one fault of the value at ``path``; ``bound`` replaces its own."""
     kind, context, value = fault["type"], fault.get("ctx", {}), fault["input"]
     thing = path or "the body"
     if kind == "unknown_field":
@@ -273,6 +315,8 @@ def _sentence(fault: ErrorDetails, path: str, bound: str) -> str:
         return fault["msg"]
     if kind == "missing":
         return f"{thing} is missing"
+    if kind == "value_error":  # of a validator of our own
+        return f"{thing} {context['error']}"
     if bound := bound or _BOUNDS.get(kind, ""):
         limits = {k: int(v) if v == v // 1 else v for k, v in context.items() if k in _LIMITS}
         return f"{thing} must be {bound.format(**{**context, **limits})}, got {shown(value)}"

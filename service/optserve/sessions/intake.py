@@ -6,12 +6,10 @@ and fields. After that a chunk costs a hash, a write to the journal and a copy i
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from optserve.optim.layout import Layout
 from optserve.sessions.fields import StepFields, load_object, shown
 from optserve.sessions.step import (
     Expected,
@@ -45,14 +43,13 @@ class StepIntake:
     def __init__(
         self,
         *,
-        layout: Layout,
-        sparse: Collection[str],
+        expected: Expected,
         lease: Lease,
         writer: OpenWriter | None,
         limit_bytes: int | None = None,
     ) -> None:
         """``writer`` is None in a replay, which has the journal's bytes already."""
-        self._expected = Expected(layout=layout, sparse=frozenset(sparse))
+        self._expected = expected
         self._lease = lease
         self._writer = writer
         self._limit = limit_bytes
@@ -108,7 +105,9 @@ class StepIntake:
 
     def _check_size(self, size: int) -> None:
         if self._limit is not None and size > self._limit:
-            raise TooLarge(f"the body has {size} bytes or more, the limit is {self._limit}")
+            raise TooLarge(
+                f"the body has {size} bytes or more, the limit is {self._limit}", limit=self._limit
+            )
 
     def _begin(self) -> None:
         """Judge the header, then lease the buffer and open the journal."""
@@ -244,6 +243,7 @@ class StepIntake:
         if self._journal is not None:
             digest, payload = self._journal.digest(), self._journal.seal()
         step = Step(
+            expected=self._expected,
             fields=self.fields,
             buffer=self._buffer,
             none=self._none,

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from optserve.optim import rehearsal, schedules
 from optserve.optim.hyper import from_json
+from optserve.sessions import config as configs
 from optserve.sessions import frames
-from optserve.sessions.config import Adjustable
+from optserve.sessions.config import Adjustable, Description
 from optserve.sessions.finite import check_finite
 from optserve.sessions.state import SessionState, read_engine
 from optserve.sessions.stepping import Change, scheduler_line
@@ -89,7 +90,14 @@ class Patch:
         fields = Adjustable.parse(body)
         return cls(config=fields.model_dump(include=fields.model_fields_set))
 
+    def _computes(self) -> bool:
+        return not self.config.keys() <= Description.model_fields.keys()
+
     def check(self, state: SessionState, abandon: bool) -> None:
+        if not self.config:
+            raise Invalid("the body is empty: name what is to change")
+        if self._computes():
+            state.check_line_search(abandon)
         if state.engine.line_search is not None:
             for name in ("clip_grad_norm", "clip_grad_value"):
                 if self.config.get(name) is not None:
@@ -98,8 +106,13 @@ class Patch:
                 raise Invalid(f"accumulate cannot be used with {state.engine.entry.name}")
         if self.config.get("accumulate", state.config["accumulate"]) != state.config["accumulate"]:
             state.check_no_window()
+        if self._computes():
+            recipe = configs.recipe({**state.config, **self.config})
+            rehearsal.rehearse(recipe, state.layout)
 
     def apply(self, state: SessionState, abandon: bool) -> Change:
+        if self._computes():
+            state.end_line_search()
         state.patch(self.config)
         return Change(kind="hyper", moves=False, request={"config": dict(self.config)})
 
@@ -117,11 +130,17 @@ class PatchGroup:
         if not 0 <= self.index < count:
             raise Invalid(f"group {self.index}: the session has groups 0 to {count - 1}")
         state.check_line_search(abandon)
-        self._normal(state)
+        if not self.hyper:
+            raise Invalid("the body is empty: name what is to change")
+        changed = self._normal(state)
+        if changed.keys() - {"lr"}:
+            rehearsal.rehearse_change(state.engine, self.index, changed)
 
     def _normal(self, state: SessionState) -> dict[str, Any]:
         where = f"groups[{self.index}]"
-        normal: dict[str, Any] = state.engine.entry.normalise_change(from_json(self.hyper), where)
+        normal: dict[str, Any] = state.engine.entry.normalise_change(
+            from_json(self.hyper), where, state.engine.optimizer.param_groups[self.index]
+        )
         return normal
 
     def apply(self, state: SessionState, abandon: bool) -> Change:
@@ -155,6 +174,7 @@ class AddGroup:
             raise Invalid("params is empty; a group needs at least one parameter")
         state.check_no_window()
         state.check_line_search(abandon)
+        configs.check_count(len(self.params) + len(state.layout.slots))
         for name, tensor in self.params.items():
             wire.check_param_name(name)
             if name in state.layout.by_name:
@@ -194,9 +214,11 @@ class SetScheduler:
         return None if self.spec is None else schedules.check(self.spec, "scheduler")
 
     def check(self, state: SessionState, abandon: bool) -> None:
+        state.check_line_search(abandon)
         rehearsal.rehearse(replace(state.engine.recipe, scheduler=self._checked()), state.layout)
 
     def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.end_line_search()
         spec = self._checked()
         state.set_scheduler(spec)
         return Change(
@@ -222,8 +244,10 @@ class AdvanceScheduler:
         if state.engine.advance == "step":
             raise Conflict("the scheduler advances with each update: its advance is 'step'")
         scheduler.check_metrics(self.metrics)
+        state.check_line_search(abandon)
 
     def apply(self, state: SessionState, abandon: bool) -> Change:
+        state.end_line_search()
         moved = state.engine.advance_scheduler(self.metrics, self.recorded)
         return Change(
             kind="scheduler",
@@ -243,6 +267,8 @@ class PutMetrics:
     frame: None = None
 
     def check(self, state: SessionState, abandon: bool) -> None:
+        if not self.metrics:
+            raise Invalid("metrics is empty: name what is to be noted")
         if not 0 <= self.version <= state.version:
             raise Invalid(f"version is {self.version}, the session has 0 to {state.version}")
 
@@ -266,12 +292,12 @@ class Import:
     def check(self, state: SessionState, abandon: bool) -> None:
         state.check_line_search(abandon)
         frame = frames.decode(self.data)
-        self.decoded.append((frame, *read_engine(frame)))
+        self.decoded.append((frame, *read_engine(frame, state.config["device"])))
 
     def apply(self, state: SessionState, abandon: bool) -> Change:
         if not self.decoded:
             frame = frames.decode(self.data)
-            self.decoded.append((frame, *read_engine(frame)))
+            self.decoded.append((frame, *read_engine(frame, state.config["device"])))
         frame, config, engine = self.decoded.pop()
         updates = frame.meta["updates"] - state.updates
         # What this server promises is not the file's to say.

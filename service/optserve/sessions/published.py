@@ -21,6 +21,8 @@ class Published:
     version: int
     #: ``live``, ``eval``, ``ema``, ``best``; ``trial`` and ``delta`` in replies only.
     weights: str
+    #: What else tells these weights from others: ``best`` changes without a version.
+    revision: str = ""
     layout: Layout
     #: uint8, read-only, ``layout.nbytes`` long.
     data: np.ndarray
@@ -50,4 +52,5 @@ class Published:
     def etag(self, encoding: str, dtype: str) -> str:
         """Return the strong ETag of this representation."""
         names = xxhash.xxh3_64_hexdigest("\0".join(self.layout.names).encode())
-        return f'"{self.generation}.{self.version}-{self.weights}-{names}-{encoding}-{dtype}"'
+        weights = self.weights + self.revision
+        return f'"{self.generation}.{self.version}-{weights}-{names}-{encoding}-{dtype}"'

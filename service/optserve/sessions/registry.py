@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from optserve.optim.rehearsal import rehearse
 from optserve.sessions import config as configs
 from optserve.sessions import describe, frames
 from optserve.sessions.finite import check_finite
-from optserve.sessions.ledger import Identity
+from optserve.sessions.ledger import Identity, Ledger
 from optserve.sessions.listing import page
 from optserve.sessions.operations import Import
 from optserve.sessions.replay import first_state, replay, write_frame
@@ -24,9 +25,11 @@ from optserve.sessions.state import SessionState, read_engine
 from optserve.sessions.turn import Executor, chain
 from optserve.store import Event, Key, Store
 from optserve_client import wire
-from optserve_client.errors import Conflict, Invalid, KeyReused, SessionExists, SessionNotFound
+from optserve_client.errors import Conflict, Invalid, SessionExists, SessionNotFound
 
 Buffers = list[bytes | memoryview]
+#: Create bodies of one-call steps that are known to be equal to a session's, per session.
+_REMEMBERED_BODIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Registry:
         self._turn = self._executor.turn()
         self._sessions: dict[Key, Session] = {}
         #: What a create request with an Idempotency-Key made: digest and id, by tenant and key.
-        self._created: dict[tuple[str, str], tuple[bytes, str]] = {}
+        self._created: dict[str, Ledger] = {}
         self._warm = False
 
     def warm(self) -> None:
@@ -177,16 +180,19 @@ class Registry:
 
     def _known_key(self, tenant: str, identity: Identity) -> str | None:
         """Return the id that an earlier request with this Idempotency-Key created."""
+        if identity.worker is not None:
+            raise Invalid(
+                "worker and seq number the requests to one session; "
+                "what creates one takes an Idempotency-Key",
+                field="worker",
+            )
         if identity.key is None:
             return None
-        digest, session_id = self._created.get((tenant, identity.key), (b"", ""))
-        if not session_id or Key(tenant, session_id) not in self._sessions:
+        known = self._created.setdefault(tenant, Ledger()).check(identity, time.time())
+        if known is None or Key(tenant, known.reply["id"]) not in self._sessions:
             return None
-        if digest != identity.digest:
-            raise KeyReused(
-                f"Idempotency-Key {identity.key!r} created {session_id!r} from another body"
-            )
-        return session_id
+        found: str = known.reply["id"]
+        return found
 
     def _begin(
         self,
@@ -223,7 +229,9 @@ class Registry:
         session = Session(key, self.store, self._executor.turn(), state)
         self._sessions[key] = session
         if identity.key is not None:
-            self._created[key.tenant, identity.key] = (identity.digest, key.session)
+            self._created.setdefault(key.tenant, Ledger()).commit(
+                identity, applied_version=None, lsn=1, reply={"id": key.session}, time=event.time
+            )
         return session
 
     # --- fork, import, delete --------------------------------------------------------------------
@@ -306,7 +314,7 @@ class Registry:
         if key in self._sessions:
             raise Conflict(f"session {key.session!r} was created meanwhile; send the import again")
         frame = frames.decode(data)
-        config, _ = read_engine(frame)
+        config, _ = read_engine(frame, self.device)
         config = {**config, "durability": self.store.promise}
         record = {
             "config": config,
@@ -322,9 +330,22 @@ class Registry:
 
     def check_same(self, session: Session, body: Mapping[str, Any]) -> None:
         """Raise SessionExists if these create fields would have made another session."""
-        fields = configs.CreateFields.parse({k: v for k, v in body.items() if k != "order"})
-        config = configs.normalise(fields, session.layout, self.device, self.store.promise)
-        _check_origin(session, configs.origin(config, session.layout))
+        text = json.dumps(body, default=str).encode()
+        if text in session.same:
+            return
+        fields, shape = configs.CreateFields.parse(body), configs.origin_layout(session.origin)
+        configs.check_dtype(fields.dtype)
+        same_dtype = fields.dtype in (None, wire.dtype_name(shape.dtype))
+        if not same_dtype or fields.order not in (None, shape.names):
+            field = "order" if same_dtype else "dtype"
+            raise SessionExists(
+                f"session {session.id!r} exists with another {field}", version=session.version
+            )
+        config = configs.normalise(fields, shape, self.device, self.store.promise)
+        _check_origin(session, configs.origin(config, shape))
+        if len(session.same) >= _REMEMBERED_BODIES:
+            session.same.clear()
+        session.same.add(text)
 
     def withdraw(self, session: Session) -> Future[None]:
         """Forget a session whose creating request was refused, if nothing happened to it since."""
@@ -340,15 +361,7 @@ class Registry:
         session.closed = True
         self.store.delete(session.key)
 
-    def delete(
-        self, tenant: str, session_id: str, identity: Identity, abandon: bool = False
-    ) -> Future[Reply]:
+    def delete(self, tenant: str, session_id: str, identity: Identity) -> Future[Reply]:
         """Forget a session and its journal."""
         session = self.get(tenant, session_id)
-
-        def job(state: SessionState) -> Reply:
-            state.ledger.check(identity, time.time())
-            self._forget(session)
-            return Reply(scalars={"id": session_id, "deleted": True, "version": state.version})
-
-        return session.run(job)
+        return session.remove(identity, lambda: self._forget(session))

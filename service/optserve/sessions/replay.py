@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import structlog
 
@@ -14,6 +15,7 @@ from optserve.sessions import frames, operations, stepping
 from optserve.sessions.intake import Step, StepIntake
 from optserve.sessions.ledger import Ledger
 from optserve.sessions.state import SessionState, restore
+from optserve.sessions.step import Expected
 from optserve.store import Event, Key, Payload, Store
 from optserve_client import wire
 from optserve_client.errors import Internal, SessionNotFound
@@ -90,7 +92,9 @@ def first_state(event: Event) -> SessionState:
 
 
 def _apply(state: SessionState, event: Event) -> None:
-    if event.kind in ("step", "contribution", "evaluate"):
+    if event.kind == "skip" and event.payload is None:
+        state.engine.assign(_changes(event))
+    elif event.kind in ("step", "contribution", "evaluate", "skip"):
         step = read_step(state, event)
         try:
             _apply_step(state, step, event)
@@ -100,11 +104,14 @@ def _apply(state: SessionState, event: Event) -> None:
         operation.apply(state, abandon=True)
 
 
+def _changes(event: Event) -> list[dict[str, Any]]:
+    return [from_json(change) for change in event.record["request"]["groups"]]
+
+
 def _apply_step(state: SessionState, step: Step, event: Event) -> None:
-    request = event.record["request"]
     prepared = stepping.Prepared(
         step=step,
-        changes=[from_json(change) for change in request.get("groups", [])],
+        changes=_changes(event),
         inspected=None
         if event.kind == "evaluate"
         else state.engine.inspect(step, step.fields.loss_scale),
@@ -117,8 +124,7 @@ def read_step(state: SessionState, event: Event) -> Step:
     if event.payload is None:
         raise Internal(f"session {event.key.session!r}: the payload of event {event.lsn} is gone")
     intake = StepIntake(
-        layout=state.layout,
-        sparse=state.engine.recipe.sparse,
+        expected=Expected(layout=state.layout, sparse=state.engine.recipe.sparse),
         lease=state.engine.pool.lease,
         writer=None,
     )
@@ -136,10 +142,13 @@ class SnapshotPolicy:
         self._events = 0
         self._bytes = 0
 
-    def after(self, state: SessionState, event: Event) -> None:
-        """Count one event; write a snapshot from live memory if replay became too long."""
+    def count(self, event: Event) -> None:
+        """Note one committed event."""
         self._events += 1
         self._bytes += event.payload.nbytes if event.payload is not None else 0
+
+    def write_if_due(self, state: SessionState) -> None:
+        """Write a snapshot from live memory if replay became too long."""
         large = max(SNAPSHOT_BYTES, 4 * 3 * state.layout.nbytes)
         if self._events < SNAPSHOT_EVENTS and self._bytes < large:
             return

@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from optserve.optim.arena import GradientPool
@@ -23,14 +23,23 @@ from optserve.sessions.published import Published
 from optserve.sessions.replay import SnapshotPolicy, replay, write_frame
 from optserve.sessions.reply import Reply
 from optserve.sessions.state import SessionState
+from optserve.sessions.step import Expected
 from optserve.sessions.stepping import Change
 from optserve.sessions.turn import Turn
 from optserve.sessions.weights import publish, subtract
 from optserve.store import Event, Key, Store
 from optserve_client import wire
-from optserve_client.errors import OptserveError, PreconditionFailed, SessionNotFound
+from optserve_client.errors import Internal, OptserveError, PreconditionFailed, SessionNotFound
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a step of the session must look like, and buffers of that shape."""
+
+    expected: Expected
+    pool: GradientPool
 
 
 class Session:
@@ -44,6 +53,8 @@ class Session:
         self.key = key
         #: Deleted: requests that still wait for their turn find nothing.
         self.closed = False
+        #: Create bodies that were found to be equal to this session's.
+        self.same: set[bytes] = set()
         self._store = store
         self._turn = turn
         self._state: SessionState | None = None
@@ -59,9 +70,10 @@ class Session:
         """Make the last commit visible to those who do not wait for a turn."""
         self.generation = state.generation
         self.version = state.version
-        self.sparse = state.engine.recipe.sparse
-        self._pool: GradientPool = state.engine.pool
-        self._layout: Layout = state.layout
+        # One assignment: who reads it while another thread commits sees all of it or nothing.
+        self._shape = Shape(
+            Expected(layout=state.layout, sparse=state.engine.recipe.sparse), state.engine.pool
+        )
         self.origin = state.origin
         self._summary = describe.summary(self.id, state)
 
@@ -71,7 +83,7 @@ class Session:
 
     @property
     def layout(self) -> Layout:
-        return self._layout
+        return self._shape.expected.layout
 
     def summary(self) -> dict[str, Any]:
         """Return the row of the session list, as of the last commit."""
@@ -97,10 +109,9 @@ class Session:
     def scheduler(self) -> Future[dict[str, Any]]:
         return self.run(describe.scheduler)
 
-    def scheduler_preview(
-        self, steps: int, metrics: list[float] | None = None
-    ) -> Future[dict[str, Any]]:
-        return self.run(lambda state: describe.scheduler_preview(state, steps, metrics))
+    def outlook(self) -> Future[describe.Outlook]:
+        """Return what a look ahead needs; looking takes long, so it is not done in the turn."""
+        return self.run(describe.Outlook.of)
 
     def history(self, after_version: int, limit: int) -> list[dict[str, Any]]:
         """Return one row per version above ``after_version``, oldest first."""
@@ -110,21 +121,21 @@ class Session:
 
     def intake(self, limit_bytes: int) -> StepIntake:
         """Return the reader of one binary step body."""
+        shape = self._shape
         return StepIntake(
-            layout=self._layout,
-            sparse=self.sparse,
-            lease=self._pool.lease,
+            expected=shape.expected,
+            lease=shape.pool.lease,
             writer=self._store.writer,
             limit_bytes=limit_bytes,
         )
 
     def step_from_json(self, body: dict[str, Any], digest: bytes) -> Step:
         """Return a step from a parsed JSON body."""
+        shape = self._shape
         return step_from_json(
             body,
-            layout=self._layout,
-            sparse=self.sparse,
-            lease=self._pool.lease,
+            expected=shape.expected,
+            lease=shape.pool.lease,
             writer=self._store.writer,
             digest=digest,
         )
@@ -153,6 +164,7 @@ class Session:
                 change = stepping.apply(state, prepared)
                 scalars = self._commit(state, change, identity)
             committed = change.payload is not None
+            self._snapshots.write_if_due(state)
             return self._step_reply(state, step, scalars, before)
         finally:
             if committed:
@@ -208,6 +220,7 @@ class Session:
             with self._changing():
                 change = operation.apply(state, abandon)
                 scalars = self._commit(state, replace(change, payload=payload), identity)
+            self._snapshots.write_if_due(state)
             return Reply(scalars=scalars)
 
         return self._turn.run(job)
@@ -258,13 +271,29 @@ class Session:
     ) -> Future[Reply]:
         return self.change(operations.PutMetrics(version=version, metrics=metrics), identity)
 
+    def remove(self, identity: Identity, forget: Callable[[], None]) -> Future[Reply]:
+        """Close the session and call ``forget``; also one that cannot be read back any more."""
+
+        def job() -> Reply:
+            if self.closed:
+                raise SessionNotFound(f"no session {self.id!r}")
+            with suppress(Internal):
+                self._loaded().ledger.check(identity, time.time())
+            forget()
+            return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
+
+        return self._turn.run(job)
+
     # --- commit ----------------------------------------------------------------------------------
 
     def _loaded(self) -> SessionState:
         if self.closed:
             raise SessionNotFound(f"no session {self.id!r}")
         if self._state is None:
-            self._adopt(replay(self._store, self.key))
+            try:
+                self._adopt(replay(self._store, self.key))
+            except Exception as exc:
+                raise Internal(f"session {self.id!r} cannot be read back: {exc!r:.200}") from exc
         assert self._state is not None
         return self._state
 
@@ -295,8 +324,8 @@ class Session:
             idempotency_key=identity.key,
             digest=identity.digest,
             record={
-                "request": _given(change.request),
-                "outcome": _given(change.outcome),
+                "request": _said(change.request),
+                "outcome": _said(change.outcome),
                 "reply": reply,
             },
             loss=change.loss,
@@ -310,7 +339,7 @@ class Session:
         if change.moves:
             self._published = None
         self._show(state)
-        self._snapshots.after(state, event)
+        self._snapshots.count(event)
         return {**_counters(self.id, state, made), **reply}
 
     def _repeat(self, state: SessionState, known: Duplicate) -> dict[str, Any]:
@@ -318,6 +347,9 @@ class Session:
         return {**known.reply, **counters, "duplicate": True}
 
     def _publish(self, state: SessionState, weights: str) -> Published:
+        if weights == "eval" and state.engine.entry.eval_weights:
+            with self._changing():  # these classes change their params to and fro
+                return publish(state, weights)
         if weights != "live":
             return publish(state, weights)
         if self._published is None:
@@ -337,8 +369,8 @@ def _counters(session_id: str, state: SessionState, made: int | None) -> dict[st
     }
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value not in (None, [], {})}
+def _said(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _reply(step: Step, scalars: dict[str, Any], params: Published, returned: str) -> Reply:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optserve.optim import checkpoint, imported
+from optserve.optim.arena import Arena
 from optserve.optim.engine import Engine, Outcome
 from optserve.optim.gradients import Inspected
 from optserve.optim.layout import Layout
@@ -57,12 +58,16 @@ class SessionState:
     ) -> Outcome:
         """Apply one gradient: params first, then groups, best, and the update."""
         fields = step.fields
-        if step.params is not None:
-            self.engine.params.fill(step.params)
-        self.engine.assign(changes)
+        self.take(step, changes)
         self._offer_best(fields.loss, fields.metrics)
         metric = monitored(self.engine.monitor, fields.loss, fields.metrics)
         return self.engine.push(inspected, metric=metric, recorded=recorded)
+
+    def take(self, step: Step, changes: list[dict[str, Any]]) -> None:
+        """Make the caller's params and hyperparameters the session's, before the update."""
+        if step.params is not None:
+            self.engine.params.fill(step.params)
+        self.engine.assign(changes)
 
     def evaluate(
         self,
@@ -77,19 +82,26 @@ class SessionState:
         if fields.abandon:
             search.abandon()
         if not search.open:
+            start = self.engine.params
             if step.params is not None:
-                self.engine.params.fill(step.params)
+                start = search.start = self.engine.params.clone()
+                start.fill(step.params)
             self.engine.assign(changes)
-            self._offer_best(fields.loss, fields.metrics)
+            self._offer_best(fields.loss, fields.metrics, start)
         metric = monitored(self.engine.monitor, fields.loss, fields.metrics)
         return self.engine.evaluate(fields.loss, step, metric=metric, recorded=recorded)
 
-    def _offer_best(self, loss: float | None, metrics: Mapping[str, float] | None) -> None:
+    def _offer_best(
+        self,
+        loss: float | None,
+        metrics: Mapping[str, float] | None,
+        params: Arena | None = None,
+    ) -> None:
         """A loss belongs to the params at which the gradient was taken: those before the update."""
         best = self.engine.best
         if best is not None:
             value = monitored(self.engine.recipe.best_monitor, loss, metrics)
-            best.offer(value, self.engine.params, self.version)
+            best.offer(value, params or self.engine.params, self.version)
 
     def patch(self, fields: Mapping[str, Any]) -> None:
         """Change the adjustable part of the config."""
@@ -177,6 +189,7 @@ class SessionState:
                 "updates": self.updates,
                 "lsn": self.lsn,
                 "created": self.created,
+                "changed": self.changed,
                 "ledger": self.ledger.dump(),
                 "engine": meta,
             },
@@ -193,7 +206,7 @@ class SessionState:
 _UNFIT = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError)
 
 
-def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
+def read_engine(frame: frames.Frame, device: str) -> tuple[dict[str, Any], Engine]:
     """Return config and engine of a state file from outside, everything checked.
 
     Its tensors must have the shapes and dtypes that a step of this optimizer makes, and a step on a
@@ -205,7 +218,7 @@ def read_engine(frame: frames.Frame) -> tuple[dict[str, Any], Engine]:
             raise Invalid(f"{name} must be an object, got {shown(frame.meta.get(name))}")
     Ledger.load(frame.meta["ledger"])
     try:
-        config = configs.renormalise(frame.meta["config"], layout)
+        config = configs.renormalise(frame.meta["config"], layout, device)
         recipe = configs.recipe(config)
         engine = checkpoint.load(recipe, layout, frame.meta["engine"], frame.tensors)
         imported.check(engine)
@@ -235,6 +248,7 @@ def restore(meta: Mapping[str, Any], engine: Engine) -> SessionState:
         version=meta["version"],
         updates=meta["updates"],
         lsn=meta["lsn"],
+        changed=meta["changed"],
     )
 
 

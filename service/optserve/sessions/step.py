@@ -40,6 +40,8 @@ class Step:
     """A checked step: each parameter has a gradient in buffer or sparse, or is in none."""
 
     fields: StepFields
+    #: The session's shape that it was checked against.
+    expected: Expected
     #: Leased; whoever holds the step gives it back, once.
     buffer: GradientBuffer
     #: Parameters whose gradient is None; the buffer holds nothing of meaning for them.
@@ -123,8 +125,7 @@ def check_indices(indices: np.ndarray, shape: tuple[int, ...], what: str) -> Non
 def step_from_json(
     body: Mapping[str, Any],
     *,
-    layout: Layout,
-    sparse: Collection[str],
+    expected: Expected,
     lease: Lease,
     writer: OpenWriter,
     digest: bytes,
@@ -134,7 +135,7 @@ def step_from_json(
     Numbers are decoded into the leased buffer, and a frame of the same content is written for the
     journal. Raises Invalid and MissingGradient; a buffer that was leased is given back then.
     """
-    expected = Expected(layout=layout, sparse=frozenset(sparse))
+    layout = expected.layout
     grads = _named_tensors(body, "grads")
     fields = StepFields.parse({k: v for k, v in body.items() if k not in {"grads", "params"}})
     given = {name: value for name, value in grads.items() if value is not None}
@@ -172,6 +173,7 @@ def step_from_json(
         raise
     return Step(
         fields=complete,
+        expected=expected,
         buffer=buffer,
         none=none,
         sparse=coos,

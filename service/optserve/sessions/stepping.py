@@ -12,6 +12,7 @@ from optserve.optim.gradients import Inspected
 from optserve.sessions.finite import check_finite
 from optserve.sessions.intake import Step
 from optserve.sessions.state import SessionState, monitored
+from optserve.sessions.step import Expected
 from optserve.store import Payload
 from optserve_client.errors import Conflict, Invalid, SessionRewound, VersionConflict
 
@@ -49,7 +50,8 @@ class Prepared:
 def prepare(state: SessionState, step: Step) -> Prepared:
     """Check ``step`` against the session; raises without having changed anything."""
     fields, engine = step.fields, state.engine
-    if step.buffer.layout != engine.pool.layout:
+    expected = Expected(layout=engine.layout, sparse=engine.recipe.sparse)
+    if step.expected != expected or step.buffer.layout != engine.pool.layout:
         raise Conflict("the session's params changed while the gradient was on its way")
     if fields.generation is not None and fields.generation != state.generation:
         raise SessionRewound(
@@ -110,9 +112,11 @@ def apply(
     }
     common: dict[str, Any] = {"request": request, "loss": step.fields.loss}
     if inspected is not None and inspected.nonfinite:
+        state.take(step, prepared.changes)
         return Change(
             kind="skip",
-            moves=False,
+            moves=step.params is not None,
+            payload=step.payload if step.params is not None else None,
             reply=_reply(
                 state,
                 Outcome(applied=False, groups=state.engine.groups(), **state.engine.window_state()),

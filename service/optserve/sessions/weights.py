@@ -22,6 +22,7 @@ def publish(state: SessionState, weights: str) -> Published:
         generation=state.generation,
         version=state.version,
         weights=weights,
+        revision="" if weights == "live" else f".{state.lsn}",
         layout=state.layout,
         data=data,
     )
@@ -55,7 +56,7 @@ def _copied(engine: Engine, weights: str) -> np.ndarray:
         case "ema":
             if engine.ema is None:
                 raise Invalid("weights=ema: the session keeps no EMA; create it with ema")
-            return engine.ema.arena.copy_bytes()
+            return engine.ema.arena.rounded(engine.params.flat.dtype).copy_bytes()
         case "best":
             if engine.best is None:
                 raise Invalid("weights=best: the session keeps no best; create it with best")
