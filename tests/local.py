@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from optserve.sessions import operations
 from optserve.sessions.ledger import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.reply import Reply
@@ -57,6 +59,44 @@ def step(
     if "params" in fields:
         body["params"] = as_json(fields["params"])
     return session.step(session.step_from_json(body, identity.digest), identity).result(60)
+
+
+def put_params(
+    session: Session, params: Arrays, who: Identity = NOBODY, *, abandon: bool = False
+) -> Future[Reply]:
+    return session.change(operations.SetParams(params=params), who, abandon=abandon)
+
+
+def patch(session: Session, fields: dict[str, Any], who: Identity = NOBODY) -> Future[Reply]:
+    return session.change(operations.Patch.of_body(fields), who)
+
+
+def patch_group(
+    session: Session, index: int, hyper: dict[str, Any], who: Identity = NOBODY
+) -> Future[Reply]:
+    return session.change(operations.PatchGroup(index=index, hyper=hyper), who)
+
+
+def add_group(
+    session: Session, fields: dict[str, Any], params: Arrays, who: Identity = NOBODY
+) -> Future[Reply]:
+    return session.change(operations.AddGroup(fields=fields, params=params), who)
+
+
+def put_scheduler(session: Session, spec: Any, who: Identity = NOBODY) -> Future[Reply]:
+    return session.change(operations.SetScheduler(spec=spec), who)
+
+
+def scheduler_step(
+    session: Session, metrics: float | None, who: Identity = NOBODY
+) -> Future[Reply]:
+    return session.change(operations.AdvanceScheduler(metrics=metrics), who)
+
+
+def put_metrics(
+    session: Session, version: int, metrics: dict[str, float], who: Identity = NOBODY
+) -> Future[Reply]:
+    return session.change(operations.PutMetrics(version=version, metrics=metrics), who)
 
 
 def params_of(reply: Reply) -> dict[str, wire.Tensor]:

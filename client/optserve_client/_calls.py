@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -17,9 +18,35 @@ from optserve_client._values import Json, Page, Params, Sparse, StepResult
 T = TypeVar("T")
 
 
-def array(value: Any) -> wire.Tensor:
-    """Return ``value`` as a tensor; what is no array becomes one as numpy would have it."""
-    return value if isinstance(value, wire.Bits) else np.asarray(value)
+def array(value: Any, what: str, dtype: str | None = None) -> wire.Tensor:
+    """Return ``value`` as a tensor, which messages call ``what``.
+
+    An array keeps its dtype. Numbers and lists have none: they become ``dtype``, which is float32
+    if it is not known, as in JSON.
+    """
+    if isinstance(value, wire.Bits):
+        return value
+    if not isinstance(value, (list, tuple, int, float)) or isinstance(value, (bool, np.generic)):
+        return np.asarray(value)
+    try:
+        numbers = np.asarray(value, np.float64).tolist()
+    except (TypeError, ValueError) as exc:
+        raise errors.Invalid(f"{what} must be numbers in lists of equal lengths: {exc}") from exc
+    return wire.tensor_from_json(numbers, what, wire.dtype_tag(dtype or "float32"))
+
+
+def mapping(value: Any, what: str) -> Mapping[str, Any]:
+    """Return ``value`` if it maps names to something, else say that it should."""
+    if not isinstance(value, Mapping):
+        kind = type(value).__name__
+        raise TypeError(f'{what} must map names to arrays, such as {{"w": array}}, got {kind}')
+    return value
+
+
+def dtype_of(info: Mapping[str, Any]) -> str | None:
+    """Return the dtype of a session from what the server said of it, if it did."""
+    dtype = info.get("dtype")
+    return dtype if isinstance(dtype, str) else None
 
 
 def given(**fields: Any) -> Json:
@@ -27,8 +54,33 @@ def given(**fields: Any) -> Json:
     return {key.rstrip("_"): value for key, value in fields.items() if value is not None}
 
 
-def param_tensors(params: Mapping[str, Any]) -> dict[str, wire.Tensor]:
-    return {f"param/{name}": array(value) for name, value in params.items()}
+def step_fields(returns: str, flags: Mapping[str, bool], **fields: Any) -> Json:
+    """Return the fields of a step. A loss or metric that is not finite is left out."""
+    if not _finite(fields["loss"]):
+        fields["loss"] = None
+    if fields["metrics"] is not None:
+        fields["metrics"] = finite_metrics(fields["metrics"]) or None
+    set_flags = {name: True for name, flag in flags.items() if flag}
+    return given(**fields, return_=None if returns == "params" else returns) | set_flags
+
+
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if _finite(value)}
+
+
+def _finite(value: Any) -> bool:
+    """Return False for a NaN or Infinity; what is no number is for the server to refuse."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        return True
+
+
+def param_tensors(
+    params: Mapping[str, Any], dtype: str | None = None, what: str = "params"
+) -> dict[str, wire.Tensor]:
+    named = mapping(params, what)
+    return {f"param/{name}": array(v, f"{what}[{name!r}]", dtype) for name, v in named.items()}
 
 
 def new_id() -> str:
@@ -82,14 +134,14 @@ def create(
     spec = {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer)
     if twice := spec.keys() & hyper.keys():
         raise errors.Invalid(f"optimizer.{min(twice)} is given twice")
-    names = list(params)
+    names = list(mapping(params, "params"))
     if names != sorted(names, key=str.encode):
         fields = {**fields, "order": names}
     draft = Draft(
         method="PUT",
         path=session_path(session_id or new_id()),
         fields={"optimizer": {**spec, **hyper}, **fields},
-        tensors=param_tensors(params),
+        tensors=param_tensors(params, fields.get("dtype")),
         headers={"Idempotency-Key": new_id()},
     )
     return Call(draft=draft, read=scalars)
@@ -147,22 +199,23 @@ def step(
     params: Mapping[str, Any] | None,
     none: Iterable[str],
     fields: Json,
+    dtype: str | None = None,
 ) -> Call[StepResult]:
     tensors: dict[str, wire.Tensor] = {}
     without = list(none)
-    for name, grad in grads.items():
+    for name, grad in mapping(grads, "grads").items():
         if grad is None:
             without.append(name)
         elif isinstance(grad, Sparse):
             tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
-            tensors[f"sparse/{name}/values"] = array(grad.values)
+            tensors[f"sparse/{name}/values"] = array(grad.values, f"grads[{name!r}].values", dtype)
         else:
-            tensors[f"grad/{name}"] = array(grad)
+            tensors[f"grad/{name}"] = array(grad, f"grads[{name!r}]", dtype)
     draft = Draft(
         method="POST",
         path=session_path(session_id, "step"),
         fields=fields | given(none=without or None),
-        tensors=tensors | param_tensors(params or {}),
+        tensors=tensors | param_tensors({} if params is None else params, dtype),
         accept=wire.SAFETENSORS,
         guarded=True,
     )
@@ -203,7 +256,11 @@ def params(
 
 
 def put_params(
-    session_id: str, values: Mapping[str, Any], if_match: Params | str | None, abandon: bool
+    session_id: str,
+    values: Mapping[str, Any],
+    if_match: Params | str | None,
+    abandon: bool,
+    dtype: str | None,
 ) -> Call[Json]:
     etag = if_match.etag if isinstance(if_match, Params) else if_match
     return edit(
@@ -211,7 +268,7 @@ def put_params(
         "PUT",
         "params",
         given(abandon=abandon or None),
-        tensors=param_tensors(values),
+        tensors=param_tensors(values, dtype),
         headers={} if etag is None else {"If-Match": etag},
     )
 
@@ -240,12 +297,19 @@ def patch_group(session_id: str, index: int, hyper: Json, abandon: bool) -> Call
     return edit(session_id, "PATCH", f"groups/{index}", {**hyper, **given(abandon=abandon or None)})
 
 
-def add_group(session_id: str, params: Mapping[str, Any], hyper: Json) -> Call[Json]:
-    return edit(session_id, "POST", "groups", hyper, tensors=param_tensors(params))
+def add_group(
+    session_id: str, params: Mapping[str, Any], hyper: Json, dtype: str | None
+) -> Call[Json]:
+    return edit(session_id, "POST", "groups", hyper, tensors=param_tensors(params, dtype))
 
 
-def put_scheduler(session_id: str, scheduler: Any) -> Call[Json]:
-    draft = Draft(method="PUT", path=session_path(session_id, "scheduler"), text=to_json(scheduler))
+def put_scheduler(session_id: str, scheduler: Any, abandon: bool) -> Call[Json]:
+    draft = Draft(
+        method="PUT",
+        path=session_path(session_id, "scheduler"),
+        query=(("abandon", "true"),) if abandon else (),
+        text=to_json(scheduler, "scheduler"),
+    )
     return Call(draft=draft, read=scalars, changes=session_id)
 
 

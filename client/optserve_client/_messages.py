@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -176,14 +177,17 @@ class Answer:
             return 0.0
 
 
-def to_json(value: Any) -> str:
-    """Return JSON text of ``value``; numpy scalars and arrays are taken as numbers and lists."""
+def to_json(value: Any, what: str = "") -> str:
+    """Return JSON text of ``value``; numpy scalars and arrays are taken as numbers and lists.
+
+    A refusal names the place below ``what``: ``scheduler.lr_lambda``.
+    """
     try:
         return json.dumps(
             value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain
         )
     except ValueError as exc:
-        raise errors.Invalid(f"a field holds NaN or Infinity, which JSON has not: {exc}") from exc
+        raise errors.Invalid(_fault(value, what, ()) or f"no JSON: {exc}") from exc
 
 
 def _plain(value: Any) -> Any:
@@ -191,4 +195,31 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
-    raise errors.Invalid(f"{type(value).__name__} cannot be sent as JSON: {value!r:.80}")
+    raise ValueError(f"{type(value).__name__} cannot be sent as JSON: {value!r:.80}")
+
+
+def _fault(value: Any, where: str, above: tuple[int, ...]) -> str | None:
+    """Say where in ``value`` there is something that JSON cannot say, and what to do."""
+    if id(value) in above:
+        return f"{where or 'a field'} contains itself"
+    if isinstance(value, (str, int, type(None))):
+        return None
+    if isinstance(value, float):
+        name = where or "a field"
+        return None if math.isfinite(value) else f"{name} is {float(value)!r}, which JSON has not"
+    if isinstance(value, Mapping):
+        parts = [(f"{where}.{key}" if where else str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [(f"{where}[{i}]", item) for i, item in enumerate(value)]
+    elif isinstance(value, (np.generic, np.ndarray)):
+        return _fault(value.tolist(), where, above)
+    elif callable(value):
+        return (
+            f"{where or 'a field'} is a Python function, which cannot be sent: write it as an "
+            'expression in epoch, such as "0.95 ** epoch", or as a table: {"table": [1.0, 0.5]}'
+        )
+    else:
+        kind = type(value).__name__
+        return f"{where or 'a field'}: {kind} cannot be sent as JSON: {value!r:.80}"
+    faults = (_fault(item, name, (*above, id(value))) for name, item in parts)
+    return next((fault for fault in faults if fault), None)

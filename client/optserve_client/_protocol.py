@@ -104,13 +104,22 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
                 failure = _doubted(failure)
         pause_s = retry.pause_s(attempt, after_s)
         if not again or attempt >= retry.retries or retry.clock() + pause_s > give_up:
-            raise failure
+            raise _tried(failure, attempt + 1, retry)
         yield Sleep(pause_s)
     raise AssertionError("count() ended")
 
 
 def _doubted(failure: errors.OptserveError) -> errors.TransportError:
     return errors.TransportError(f"{failure.detail}; an earlier attempt may have worked")
+
+
+def _tried(failure: errors.OptserveError, attempts: int, retry: Retry) -> errors.OptserveError:
+    """Return ``failure``; what the network did is told with the number of tries and the limit."""
+    if isinstance(failure, errors.TransportError):
+        times = "once" if attempts == 1 else f"{attempts} times"
+        failure.detail += f" (tried {times}, limit {retry.total_s:g} s)"
+        failure.args = (failure.detail,)
+    return failure
 
 
 @dataclass(slots=True)

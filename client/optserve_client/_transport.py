@@ -16,6 +16,9 @@ from optserve_client._messages import CHUNK_BYTES, Answer, Request
 
 def options(url: str, timeout: float, headers: Mapping[str, str] | None) -> dict[str, Any]:
     """Return what both httpx clients are made with."""
+    if not isinstance(url, str):
+        example = "http://127.0.0.1:8000"
+        raise TypeError(f"url must be a string such as {example!r}, got {url!r:.80}")
     if urlsplit(url).scheme not in {"http", "https"}:
         raise errors.Invalid(f"url must begin with http:// or https://, got {url!r}")
     # Nothing is compressed: tensors hardly shrink, and a known length is read into one buffer.
@@ -26,6 +29,16 @@ def options(url: str, timeout: float, headers: Mapping[str, str] | None) -> dict
         "headers": default | dict(headers or {}),
         "limits": httpx.Limits(max_connections=None, max_keepalive_connections=100),
     }
+
+
+def place(url: str, transport: object) -> str:
+    """Return where the server is, for messages: scheme, host and port, and the socket's path."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    if parts.port is None:
+        host = f"{host.rstrip(':')}:{443 if parts.scheme == 'https' else 80}"
+    uds = getattr(getattr(transport, "_pool", None), "_uds", None)  # httpx has no public name
+    return f"{parts.scheme}://{host}" + (f" at {uds}" if uds else "")
 
 
 def body_of(request: Request) -> Any:
@@ -81,17 +94,21 @@ def incoming_of(response: httpx.Response) -> Incoming:
 
 
 @contextmanager
-def translated(request: Request) -> Iterator[None]:
-    """Turn httpx's exceptions into ours, once, keeping the cause."""
+def translated(request: Request, server: str, timeout_s: float) -> Iterator[None]:
+    """Turn httpx's exceptions into ours, once, keeping the cause; ``server`` as of `place`."""
     what = f"{request.method} {request.target.partition('?')[0]}"
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
-        raise errors.ConnectFailed(f"{what}: cannot connect: {_why(exc)}") from exc
+        raise errors.ConnectFailed(f"{what}: cannot connect to {server}: {_why(exc)}") from exc
     except httpx.TimeoutException as exc:
-        raise errors.Timeout(f"{what}: no complete answer in time: {_why(exc)}") from exc
+        raise errors.Timeout(
+            f"{what}: no complete answer from {server} in time, {timeout_s:g} s: {_why(exc)}"
+        ) from exc
     except httpx.HTTPError as exc:
-        raise errors.TransportError(f"{what}: the connection failed: {_why(exc)}") from exc
+        raise errors.TransportError(
+            f"{what}: the connection to {server} failed: {_why(exc)}"
+        ) from exc
 
 
 def _why(exc: Exception) -> str:

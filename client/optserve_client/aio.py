@@ -12,7 +12,7 @@ import httpx
 from optserve_client import _calls, wire
 from optserve_client._messages import Answer, Request
 from optserve_client._protocol import Call, Lane, Lanes, Retry, Sleep, perform
-from optserve_client._transport import async_body_of, incoming_of, options, translated
+from optserve_client._transport import async_body_of, incoming_of, options, place, translated
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
 from optserve_client.session import Session
@@ -34,6 +34,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
+        self._server, self._timeout = place(url, transport), timeout
         self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
         self._http = httpx.AsyncClient(**options(url, timeout, headers), transport=transport)
@@ -188,7 +189,7 @@ class AsyncClient:
             steps.close()
 
     async def _send(self, request: Request) -> Answer:
-        with translated(request):
+        with translated(request, self._server, self._timeout):
             async with self._http.stream(
                 request.method,
                 request.target,
@@ -213,6 +214,10 @@ class AsyncSession:
         self.info: Json = info or {}
 
     @property
+    def _dtype(self) -> str | None:
+        return _calls.dtype_of(self.info)
+
+    @property
     def created(self) -> bool:
         return bool(self.info.get("created") or self.info.get("duplicate"))
 
@@ -232,18 +237,19 @@ class AsyncSession:
         return_dtype: str | None = None,
         abandon: bool = False,
     ) -> StepResult:
-        fields = _calls.given(
+        fields = _calls.step_fields(
+            returns,
+            {"dry_run": dry_run, "abandon": abandon},
             groups=groups,
             loss=loss,
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
-            dry_run=dry_run or None,
-            return_=None if returns == "params" else returns,
             return_dtype=return_dtype,
-            abandon=abandon or None,
         )
-        return await self._client._run(_calls.step(self.id, grads, params, none or (), fields))
+        return await self._client._run(
+            _calls.step(self.id, grads, params, none or (), fields, self._dtype)
+        )
 
     async def params(
         self,
@@ -261,7 +267,9 @@ class AsyncSession:
         if_match: Params | str | None = None,
         abandon: bool = False,
     ) -> Json:
-        return await self._client._run(_calls.put_params(self.id, params, if_match, abandon))
+        return await self._client._run(
+            _calls.put_params(self.id, params, if_match, abandon, self._dtype)
+        )
 
     async def status(self) -> Json:
         return await self._client._run(_calls.get(_calls.session_path(self.id), _calls.scalars))
@@ -276,8 +284,10 @@ class AsyncSession:
     async def import_state(self, frame: wire.BytesLike, *, abandon: bool = False) -> Json:
         return await self._client._run(_calls.import_state(self.id, frame, abandon))
 
-    async def patch(self, **fields: Any) -> Json:
-        return await self._client._run(_calls.edit(self.id, "PATCH", "", fields))
+    async def patch(self, *, abandon: bool = False, **fields: Any) -> Json:
+        return await self._client._run(
+            _calls.edit(self.id, "PATCH", "", fields | _calls.given(abandon=abandon or None))
+        )
 
     async def patch_group(
         self, index: int, *, abandon: bool = False, **hyperparameters: Any
@@ -285,18 +295,22 @@ class AsyncSession:
         return await self._client._run(_calls.patch_group(self.id, index, hyperparameters, abandon))
 
     async def add_group(self, params: Mapping[str, Any], **hyperparameters: Any) -> Json:
-        return await self._client._run(_calls.add_group(self.id, params, hyperparameters))
+        return await self._client._run(
+            _calls.add_group(self.id, params, hyperparameters, self._dtype)
+        )
 
     async def scheduler(self) -> Json:
         return await self._client._run(
             _calls.get(_calls.session_path(self.id, "scheduler"), _calls.scalars)
         )
 
-    async def put_scheduler(self, scheduler: Mapping[str, Any] | Sequence[Any] | None) -> Json:
-        return await self._client._run(_calls.put_scheduler(self.id, scheduler))
+    async def put_scheduler(
+        self, scheduler: Mapping[str, Any] | Sequence[Any] | None, *, abandon: bool = False
+    ) -> Json:
+        return await self._client._run(_calls.put_scheduler(self.id, scheduler, abandon))
 
-    async def scheduler_step(self, metrics: float | None = None) -> Json:
-        fields = _calls.given(metrics=metrics)
+    async def scheduler_step(self, metrics: float | None = None, *, abandon: bool = False) -> Json:
+        fields = _calls.given(metrics=metrics, abandon=abandon or None)
         return await self._client._run(_calls.edit(self.id, "POST", "scheduler/step", fields))
 
     async def scheduler_preview(
@@ -321,7 +335,7 @@ class AsyncSession:
         return await self._client._run(_calls.history(self.id, after_version, limit))
 
     async def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
-        fields = {"version": version, "metrics": dict(metrics)}
+        fields = {"version": version, "metrics": _calls.finite_metrics(metrics)}
         return await self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
     def resume(self) -> None:

@@ -13,7 +13,7 @@ import httpx
 from optserve_client import _calls, wire
 from optserve_client._messages import Answer, Request
 from optserve_client._protocol import Call, Lane, Lanes, Retry, Sleep, perform
-from optserve_client._transport import body_of, incoming_of, options, translated
+from optserve_client._transport import body_of, incoming_of, options, place, translated
 from optserve_client._values import Json, Page
 from optserve_client.session import Session
 
@@ -57,6 +57,7 @@ class Client:
             headers: Sent with every request.
             transport: An httpx transport, for example to a Unix domain socket.
         """
+        self._server, self._timeout = place(url, transport), timeout
         self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
         self._lanes = Lanes(worker, epoch, threading.Lock)
         self._http = httpx.Client(**options(url, timeout, headers), transport=transport)
@@ -244,7 +245,7 @@ class Client:
 
     def _send(self, request: Request) -> Answer:
         with (
-            translated(request),
+            translated(request, self._server, self._timeout),
             self._http.stream(
                 request.method, request.target, headers=request.headers, content=body_of(request)
             ) as response,

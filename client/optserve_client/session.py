@@ -23,6 +23,10 @@ class Session:
         self.info: Json = info or {}
 
     @property
+    def _dtype(self) -> str | None:
+        return _calls.dtype_of(self.info)
+
+    @property
     def created(self) -> bool:
         """Whether this call of ``create`` made the session."""
         return bool(self.info.get("created") or self.info.get("duplicate"))
@@ -46,12 +50,15 @@ class Session:
         """Take one optimizer step with ``grads`` and return the new params.
 
         Args:
-            grads: A gradient for each parameter by name: an array of its shape and dtype, a
-                :class:`Sparse`, or None where torch has ``grad is None``.
+            grads: A gradient for each parameter by name: an array of its shape and dtype, lists
+                of numbers, a :class:`Sparse`, or None where torch has ``grad is None``.
             params: The caller's params, which replace the session's before the update.
             none: Further names whose gradient is None.
             groups: Assigned to ``param_groups[i]`` before the update; stays.
-            loss: At the params at which the gradient was taken.
+            loss: At the params at which the gradient was taken. One that is NaN or infinite is
+                not sent, because JSON has neither: history then shows none for this step. So a
+                step whose loss overflowed under ``loss_scale`` is still skipped by the server.
+            metrics: Further named values; those that are not finite are not sent either.
             loss_scale: What the gradients were multiplied by.
             base_version: Refuse the step if the session has another version by now.
             dry_run: Show what would happen; change nothing.
@@ -59,18 +66,19 @@ class Session:
             return_dtype: In which dtype, rounded if it is narrower.
             abandon: Give up an open LBFGS line search first.
         """
-        fields = _calls.given(
+        fields = _calls.step_fields(
+            returns,
+            {"dry_run": dry_run, "abandon": abandon},
             groups=groups,
             loss=loss,
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
-            dry_run=dry_run or None,
-            return_=None if returns == "params" else returns,
             return_dtype=return_dtype,
-            abandon=abandon or None,
         )
-        return self._client._run(_calls.step(self.id, grads, params, none or (), fields))
+        return self._client._run(
+            _calls.step(self.id, grads, params, none or (), fields, self._dtype)
+        )
 
     def params(
         self,
@@ -90,7 +98,7 @@ class Session:
         abandon: bool = False,
     ) -> Json:
         """Overwrite params by name and keep the optimizer's state."""
-        return self._client._run(_calls.put_params(self.id, params, if_match, abandon))
+        return self._client._run(_calls.put_params(self.id, params, if_match, abandon, self._dtype))
 
     def status(self) -> Json:
         """Return the whole configuration, effective hyperparameters and counters."""
@@ -109,9 +117,14 @@ class Session:
         """Replace everything of the session by what :meth:`export_state` returned."""
         return self._client._run(_calls.import_state(self.id, frame, abandon))
 
-    def patch(self, **fields: Any) -> Json:
-        """Change clip_grad_norm, accumulate, nonfinite, name, notes, tags and the like."""
-        return self._client._run(_calls.edit(self.id, "PATCH", "", fields))
+    def patch(self, *, abandon: bool = False, **fields: Any) -> Json:
+        """Change clip_grad_norm, accumulate, nonfinite, name, notes, tags and the like.
+
+        ``abandon``, here and below: give up an open LBFGS line search first.
+        """
+        return self._client._run(
+            _calls.edit(self.id, "PATCH", "", fields | _calls.given(abandon=abandon or None))
+        )
 
     def patch_group(self, index: int, *, abandon: bool = False, **hyperparameters: Any) -> Json:
         """Set hyperparameters of one group now: ``patch_group(0, lr=0.1)``."""
@@ -119,7 +132,7 @@ class Session:
 
     def add_group(self, params: Mapping[str, Any], **hyperparameters: Any) -> Json:
         """Add a param group with new params, as torch's add_param_group."""
-        return self._client._run(_calls.add_group(self.id, params, hyperparameters))
+        return self._client._run(_calls.add_group(self.id, params, hyperparameters, self._dtype))
 
     def scheduler(self) -> Json:
         """Return the scheduler and where it stands."""
@@ -127,13 +140,15 @@ class Session:
             _calls.get(_calls.session_path(self.id, "scheduler"), _calls.scalars)
         )
 
-    def put_scheduler(self, scheduler: Mapping[str, Any] | Sequence[Any] | None) -> Json:
+    def put_scheduler(
+        self, scheduler: Mapping[str, Any] | Sequence[Any] | None, *, abandon: bool = False
+    ) -> Json:
         """Attach another scheduler as torch does, or none."""
-        return self._client._run(_calls.put_scheduler(self.id, scheduler))
+        return self._client._run(_calls.put_scheduler(self.id, scheduler, abandon))
 
-    def scheduler_step(self, metrics: float | None = None) -> Json:
+    def scheduler_step(self, metrics: float | None = None, *, abandon: bool = False) -> Json:
         """Advance the scheduler; ``metrics`` for ReduceLROnPlateau."""
-        fields = _calls.given(metrics=metrics)
+        fields = _calls.given(metrics=metrics, abandon=abandon or None)
         return self._client._run(_calls.edit(self.id, "POST", "scheduler/step", fields))
 
     def scheduler_preview(
@@ -161,8 +176,8 @@ class Session:
         return self._client._run(_calls.history(self.id, after_version, limit))
 
     def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
-        """Add named values to a version that came out earlier."""
-        fields = {"version": version, "metrics": dict(metrics)}
+        """Add named values to a version that came out earlier; not those that are not finite."""
+        fields = {"version": version, "metrics": _calls.finite_metrics(metrics)}
         return self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
     def resume(self) -> None:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from optserve.sessions import replay as replay_module
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
-from optserve_client.errors import Invalid, KeyReused, OptserveError, OutOfSequence, SchedulerFailed
+from optserve_client.errors import (
+    Conflict,
+    Internal,
+    Invalid,
+    KeyReused,
+    OptserveError,
+    OutOfSequence,
+    SchedulerFailed,
+)
 from tests import local
 from tests.local import NOBODY, Identity, arrays, create, exported, params_of, read_back, step
 
@@ -51,18 +59,20 @@ OPERATIONS: dict[str, Any] = {
         s, arrays(i), Identity(worker=f"w{i}", seq=1, digest=bytes([i]))
     ),
     "skip": lambda s, i: step(s, {**arrays(i), "s": np.array(np.nan, "f4")}, loss_scale=2.0),
-    "put_params": lambda s, i: s.put_params(arrays(i), NOBODY).result(10),
-    "patch_group": lambda s, i: s.patch_group(0, {"weight_decay": 0.1 * i}, NOBODY).result(10),
-    "patch": lambda s, i: s.patch({"clip_grad_norm": 0.1 * i + 0.1}, NOBODY).result(10),
-    "accumulate": lambda s, i: s.patch({"accumulate": 1 + i % 3}, NOBODY).result(10),
-    "scheduler_step": lambda s, i: s.scheduler_step(None, NOBODY).result(10),
-    "put_scheduler": lambda s, i: s.put_scheduler(
-        {"name": "StepLR", "step_size": 1 + i}, NOBODY
+    "put_params": lambda s, i: local.put_params(s, arrays(i), NOBODY).result(10),
+    "patch_group": lambda s, i: local.patch_group(s, 0, {"weight_decay": 0.1 * i}, NOBODY).result(
+        10
+    ),
+    "patch": lambda s, i: local.patch(s, {"clip_grad_norm": 0.1 * i + 0.1}, NOBODY).result(10),
+    "accumulate": lambda s, i: local.patch(s, {"accumulate": 1 + i % 3}, NOBODY).result(10),
+    "scheduler_step": lambda s, i: local.scheduler_step(s, None, NOBODY).result(10),
+    "put_scheduler": lambda s, i: local.put_scheduler(
+        s, {"name": "StepLR", "step_size": 1 + i}, NOBODY
     ).result(10),
-    "add_group": lambda s, i: s.add_group(
-        {"lr": 0.3}, {f"new{i}": np.asarray(arrays(i)["b"])}, NOBODY
+    "add_group": lambda s, i: local.add_group(
+        s, {"lr": 0.3}, {f"new{i}": np.asarray(arrays(i)["b"])}, NOBODY
     ).result(10),
-    "metrics": lambda s, i: s.put_metrics(s.version, {"acc": i / 10}, NOBODY).result(10),
+    "metrics": lambda s, i: local.put_metrics(s, s.version, {"acc": i / 10}, NOBODY).result(10),
 }
 
 
@@ -131,7 +141,7 @@ def test_a_failed_apply_is_undone_from_the_journal(made: Registry) -> None:
     with pytest.raises(SchedulerFailed, match="1 / "):
         step(session, arrays(3), who)
     assert exported(session) == before
-    session.put_scheduler(None, NOBODY).result(10)
+    local.put_scheduler(session, None, NOBODY).result(10)
     assert step(session, arrays(3), who).scalars["applied_version"] == 7
 
 
@@ -150,8 +160,47 @@ def test_a_fork_at_a_version_goes_on_as_the_session_did(made: Registry) -> None:
     assert len({made.get("default", name).generation for name in "abc"}) == 3
     old = made.fork("default", "a", {"id": "d", "version": 1}, NOBODY).result(10)
     assert old.scalars["version"] == 1
-    with pytest.raises(Invalid, match="version 99"):
+    with pytest.raises(Invalid, match="got 99"):
         made.fork("default", "a", {"version": 99}, NOBODY).result(10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: local.patch(s, {}, NOBODY),
+        lambda s: local.patch_group(s, 0, {}, NOBODY),
+        lambda s: local.put_metrics(s, 0, {}, NOBODY),
+    ],
+    ids=["patch", "group", "metrics"],
+)
+def test_a_change_of_nothing_is_refused(made: Registry, change: Any) -> None:
+    session = create(made, _rich("step"), arrays(1))
+    before = exported(session)
+    with pytest.raises(Invalid, match="is empty"):
+        change(session).result(10)
+    assert read_back(session) == before
+
+
+def test_a_session_that_cannot_be_read_back_can_still_be_deleted(
+    made: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = create(made, _rich("step"), arrays(1))
+    session._state = None
+    with monkeypatch.context() as broken:
+        broken.setattr("optserve.sessions.session.replay", lambda *_: 1 / 0)
+        with pytest.raises(Internal, match="'a' cannot be read back"):
+            session.status().result(10)
+        made.delete("default", "a", NOBODY).result(10)
+    create(made, _rich("step"), arrays(1))
+
+
+def test_a_step_for_the_shape_before_an_import_is_refused(made: Registry) -> None:
+    session = create(made, {"optimizer": "SGD"}, arrays(1))
+    late = session.step_from_json({"grads": local.as_json(arrays(2))}, b"")
+    other = create(made, {"optimizer": "SGD", "sparse": ["w"]}, arrays(1), "b")
+    made.import_session("default", "a", exported(other), NOBODY).result(10)
+    with pytest.raises(Conflict, match="params changed while the gradient was on its way"):
+        session.step(late, NOBODY).result(10)
 
 
 def test_a_dry_run_answers_like_the_step_and_leaves_no_trace(made: Registry) -> None:
@@ -218,13 +267,28 @@ def test_a_refused_request_does_not_use_its_seq(made: Registry) -> None:
     assert step(session, arrays(2), Identity(worker="w", seq=1, digest=b"x")).scalars["applied"]
 
 
+def test_a_key_creates_one_session_and_numbers_create_none(made: Registry) -> None:
+    def post(who: Identity) -> dict[str, Any]:
+        made_one = made.create("default", None, _rich("step"), arrays(1), None, who, exist_ok=False)
+        return made_one.result(60).scalars
+
+    first = post(Identity(key="k", digest=b"one"))
+    again = post(Identity(key="k", digest=b"one"))
+    assert (again["id"], again["created"], again["duplicate"]) == (first["id"], False, True)
+    with pytest.raises(KeyReused):
+        post(Identity(key="k", digest=b"two"))
+    with pytest.raises(Invalid, match="takes an Idempotency-Key"):
+        post(Identity(worker="w", seq=1, digest=b"one"))
+    assert len(made.page("default")["sessions"]) == 1
+
+
 def test_seq_is_shared_by_all_requests_of_a_worker(made: Registry) -> None:
     session = create(made, _rich("manual"), arrays(1))
     step(session, arrays(2), Identity(worker="w", seq=1, digest=b"1"))
     advance = Identity(worker="w", seq=2, digest=b"2")
-    session.scheduler_step(None, advance).result(10)
-    again = session.scheduler_step(None, advance).result(10)
+    local.scheduler_step(session, None, advance).result(10)
+    again = local.scheduler_step(session, None, advance).result(10)
     assert again.scalars["duplicate"]
     assert again.scalars["scheduler"]["last_epoch"] == 1
     with pytest.raises(OutOfSequence):
-        session.patch({"name": "x"}, Identity(worker="w", seq=4, digest=b"4")).result(10)
+        local.patch(session, {"name": "x"}, Identity(worker="w", seq=4, digest=b"4")).result(10)

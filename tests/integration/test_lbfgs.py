@@ -125,15 +125,59 @@ def test_other_changes_need_abandon_while_a_search_is_open(made: Registry) -> No
     step(session, grads, loss=value)
     before = exported(session)
     with pytest.raises(LineSearchOpen, match="abandon: true"):
-        session.put_params(start, NOBODY).result(10)
+        local.put_params(session, start, NOBODY).result(10)
     with pytest.raises(LineSearchOpen):
-        session.patch_group(0, {"lr": 0.5}, NOBODY).result(10)
+        local.patch_group(session, 0, {"lr": 0.5}, NOBODY).result(10)
     with pytest.raises(LineSearchOpen):
         step(session, grads, loss=value, params=start)
     assert exported(session) == before
-    session.put_params(start, NOBODY, abandon=True).result(10)
+    local.put_params(session, start, NOBODY, abandon=True).result(10)
     assert session.status().result(10)["line_search"] == {"evaluations": 0}
     assert session.version == 1
+
+
+def test_the_scheduler_waits_for_an_open_search(made: Registry) -> None:
+    start = local.arrays(4, SHAPES, "f8")
+    body = {
+        "optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"},
+        "scheduler": {"name": "StepLR", "step_size": 1},
+    }
+    session = create(made, body, start)
+    value, grads = evaluate(rosenbrock, start)
+    step(session, grads, loss=value)
+    before = exported(session)
+    for refused in (
+        lambda: local.scheduler_step(session, None, NOBODY),
+        lambda: local.put_scheduler(session, None, NOBODY),
+        lambda: local.patch(session, {"nonfinite": "skip"}, NOBODY),
+    ):
+        with pytest.raises(LineSearchOpen):
+            refused().result(10)
+    assert exported(session) == before
+    local.patch(session, {"name": "x"}, NOBODY).result(10)
+    search(session, rosenbrock, params_of(step(session, grads, loss=value, abandon=True)))
+
+
+def test_params_of_a_first_evaluation_become_live_with_the_step(made: Registry) -> None:
+    start, other = local.arrays(4, SHAPES, "f8"), local.arrays(5, SHAPES, "f8")
+    body = {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}}
+    session = create(made, body, start)
+    value, grads = evaluate(rosenbrock, other)
+    trial = params_of(step(session, grads, loss=value, params=other))
+    assert session.version == 0
+    assert_equal(session.published().result(10).arrays(), local.leaves(start))
+    assert read_back(session) == exported(session)
+    at, _ = search(session, rosenbrock, trial)
+    leaves = local.leaves(other)
+    optimizer = torch.optim.LBFGS(leaves.values(), line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        value, grads = evaluate(rosenbrock, {n: t.detach().numpy() for n, t in leaves.items()})
+        local.set_grads(leaves, grads)
+        return value
+
+    optimizer.step(closure)
+    assert_equal(at, leaves)
 
 
 def test_abandon_in_a_step_starts_the_search_again_from_the_live_params(made: Registry) -> None:

@@ -197,7 +197,7 @@ def test_lr_and_momenta_are_torchs_through_exports_and_imports(
         status = session.status().result(60)
         assert moving(status["groups"]) == moving(alone.param_groups), f"step {i}"
         assert [g["lr"] for g in ahead[i]] == [g["lr"] for g in alone.param_groups]
-        session.scheduler_step(metrics[i] if metrics else None, NOBODY).result(60)
+        local.scheduler_step(session, metrics[i] if metrics else None, NOBODY).result(60)
         scheduler.step(*([metrics[i]] if metrics else []))
         if i % 10 == 9:
             made.import_session("default", f"at{i}", exported(session), NOBODY).result(60)

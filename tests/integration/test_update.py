@@ -41,6 +41,40 @@ def test_ema_is_torchs_averaged_model(made: Registry) -> None:
     assert_equal(ema.arrays(), {name: average.module[name] for name in params})
 
 
+def test_ema_of_bfloat16_averages_in_float32(made: Registry) -> None:
+    params = {"w": wire.Bits.bfloat16(arrays(1)["w"])}
+    session = create(made, {**SGD, "ema": {"decay": 0.999}}, params)
+    leaf = torch.nn.Parameter(torch.tensor(params["w"].to_float32()).bfloat16())
+    optimizer = torch.optim.SGD([leaf], lr=0.5, foreach=False)
+    average = None
+    for seed in range(20):
+        grad = wire.Bits.bfloat16(arrays(seed)["w"])
+        step(session, {"w": grad})
+        leaf.grad = torch.tensor(grad.to_float32()).bfloat16()
+        optimizer.step()
+        wide = leaf.detach().float()
+        average = wide.clone() if average is None else average.lerp_(wide, 1 - 0.999)
+    assert average is not None
+    assert_equal(session.published("ema").result(10).arrays(), {"w": average.bfloat16()})
+    assert local.read_back(session) == exported(session)
+
+
+def test_sparse_gradients_accumulate(made: Registry) -> None:
+    session = create(made, {**SGD, "sparse": ["w"], "accumulate": 2}, {"w": arrays(1)["w"]})
+    total = torch.zeros(5, 7)
+    for rows in ([0, 2], [2, 4]):
+        values = np.ones((2, 7), "f4") * (rows[0] + 1)
+        grad = {"indices": [rows], "values": values.tolist(), "shape": [5, 7]}
+        request = session.step_from_json({"grads": {"w": grad}}, b"")
+        reply = session.step(request, local.NOBODY).result(10)
+        assert local.read_back(session) == exported(session)
+        total.index_add_(0, torch.tensor(rows), torch.tensor(values))
+    leaf = torch.nn.Parameter(torch.tensor(arrays(1)["w"]))
+    leaf.grad = total
+    torch.optim.SGD([leaf], lr=0.5, foreach=False).step()
+    assert_equal(params_of(reply), {"w": leaf})
+
+
 def test_ema_goes_on_after_export_and_import(made: Registry) -> None:
     session = create(made, {**SGD, "ema": {"decay": 0.9}}, arrays(1))
     for seed in range(2):
@@ -70,6 +104,17 @@ def test_best_keeps_the_params_at_which_the_loss_was_taken(made: Registry) -> No
     best = session.published("best").result(10).arrays()
     assert all(np.array_equal(best[name], seen[1][name]) for name in best)
     assert session.status().result(10)["best"] == {"value": 1.0, "version": 1}
+
+
+def test_the_tag_of_best_changes_with_best(made: Registry) -> None:
+    session = create(made, {**SGD, "best": {"monitor": "acc", "mode": "max"}}, arrays(1))
+    step(session, arrays(2), metrics={"acc": 0.5})
+    before = session.published("best").result(10)
+    local.put_metrics(session, 1, {"acc": 0.9}, local.NOBODY).result(10)
+    after = session.published("best").result(10)
+    assert not np.array_equal(before.data, after.data)
+    assert before.etag("list", "float32") != after.etag("list", "float32")
+    assert before.version == after.version == 1
 
 
 def test_best_follows_a_metric_upwards(made: Registry) -> None:
@@ -288,7 +333,7 @@ def test_a_nonfinite_gradient_is_refused_by_name_and_index(made: Registry, value
     assert exported(session) == before
 
 
-def test_skip_uses_the_seq_and_changes_nothing_else(made: Registry) -> None:
+def test_skip_uses_the_seq_and_leaves_out_only_the_update(made: Registry) -> None:
     session = create(made, {**ADAM, "nonfinite": "skip", "accumulate": 2}, arrays(1))
     step(session, arrays(3))
     before = session.published().result(10).arrays()
@@ -298,10 +343,18 @@ def test_skip_uses_the_seq_and_changes_nothing_else(made: Registry) -> None:
     assert reply.scalars["accumulated"] == 1
     assert reply.scalars["applied_version"] is None
     after = session.status().result(10)
-    assert (after["version"], after["groups"][0]["lr"]) == (0, 0.1)
+    assert (after["version"], after["groups"][0]["lr"]) == (0, 9.0)
     now = session.published().result(10).arrays()
     assert all(np.array_equal(now[n], before[n]) for n in now)
     assert step(session, _with(np.nan), who, groups=[{"lr": 9.0}]).scalars["duplicate"]
+
+
+def test_a_skipped_step_still_takes_the_params_that_came_with_it(made: Registry) -> None:
+    session = create(made, {**ADAM, "nonfinite": "skip"}, arrays(1))
+    reply = step(session, _with(np.nan), params=arrays(5))
+    assert (reply.scalars["skipped"], reply.scalars["applied_version"]) == ("nonfinite", 1)
+    assert_equal(params_of(reply), local.leaves(arrays(5)))
+    assert local.read_back(session) == exported(session)
 
 
 def test_an_overflow_under_loss_scale_is_skipped_as_gradscaler_does(made: Registry) -> None:
@@ -324,7 +377,7 @@ def test_params_are_refused_inside_an_accumulation_window(made: Registry) -> Non
     with pytest.raises(Conflict, match="accumulate is 2"):
         step(session, arrays(3), params=arrays(4))
     with pytest.raises(Conflict, match="window is open"):
-        session.put_params(arrays(4), local.NOBODY).result(10)
+        local.put_params(session, arrays(4), local.NOBODY).result(10)
     assert exported(session) == before
 
 

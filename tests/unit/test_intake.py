@@ -476,7 +476,7 @@ BAD_FRAMES: list[tuple[bytes, type[OptserveError], str]] = [
     (
         frame(tensors(), '{"none": ["\\ud800"]}'),
         Malformed,
-        "__metadata__['optserve'] is not JSON: 'utf-8' codec can't encode",
+        "__metadata__['optserve'] holds the lone surrogate U+D800",
     ),
     (
         frame(tensors(), '{"groups": ' + "[" * 100_000),

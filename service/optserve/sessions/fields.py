@@ -50,10 +50,36 @@ _ALIASES = {
 }
 #: Arguments of torch's optimizers that people put beside ``optimizer`` instead of inside.
 _HYPERPARAMETERS = frozenset(
-    "lr learning_rate betas eps weight_decay momentum dampening nesterov amsgrad alpha centered rho "
-    "lr_decay initial_accumulator_value momentum_decay decoupled_weight_decay lambd t0 etas "
-    "step_sizes max_iter max_eval tolerance_grad tolerance_change history_size line_search_fn "
-    "ns_steps beta2_decay".split()
+    [
+        "lr",
+        "learning_rate",
+        "betas",
+        "eps",
+        "weight_decay",
+        "momentum",
+        "dampening",
+        "nesterov",
+        "amsgrad",
+        "alpha",
+        "centered",
+        "rho",
+        "lr_decay",
+        "initial_accumulator_value",
+        "momentum_decay",
+        "decoupled_weight_decay",
+        "lambd",
+        "t0",
+        "etas",
+        "step_sizes",
+        "max_iter",
+        "max_eval",
+        "tolerance_grad",
+        "tolerance_change",
+        "history_size",
+        "line_search_fn",
+        "ns_steps",
+        "beta2_decay",
+    ]
 )
 
 

@@ -28,7 +28,6 @@ from optserve.sessions.stepping import Change
 from optserve.sessions.turn import Turn
 from optserve.sessions.weights import publish, subtract
 from optserve.store import Event, Key, Store
-from optserve_client import wire
 from optserve_client.errors import Internal, OptserveError, PreconditionFailed, SessionNotFound
 
 T = TypeVar("T")
@@ -235,41 +234,6 @@ class Session:
                 f"If-Match is {if_match!r:.120}, the session is at {current}",
                 version=state.version,
             )
-
-    def put_params(
-        self,
-        params: Mapping[str, wire.Tensor],
-        identity: Identity,
-        if_match: str | None = None,
-        abandon: bool = False,
-    ) -> Future[Reply]:
-        operation = operations.SetParams(params=params)
-        return self.change(operation, identity, if_match=if_match, abandon=abandon)
-
-    def patch(self, fields: Mapping[str, Any], identity: Identity) -> Future[Reply]:
-        return self.change(operations.Patch.of_body(fields), identity)
-
-    def patch_group(
-        self, index: int, hyper: Mapping[str, Any], identity: Identity, abandon: bool = False
-    ) -> Future[Reply]:
-        operation = operations.PatchGroup(index=index, hyper=hyper)
-        return self.change(operation, identity, abandon=abandon)
-
-    def add_group(
-        self, fields: Mapping[str, Any], params: Mapping[str, wire.Tensor], identity: Identity
-    ) -> Future[Reply]:
-        return self.change(operations.AddGroup(fields=fields, params=params), identity)
-
-    def put_scheduler(self, spec: Any, identity: Identity) -> Future[Reply]:
-        return self.change(operations.SetScheduler(spec=spec), identity)
-
-    def scheduler_step(self, metrics: float | None, identity: Identity) -> Future[Reply]:
-        return self.change(operations.AdvanceScheduler(metrics=metrics), identity)
-
-    def put_metrics(
-        self, version: int, metrics: Mapping[str, float], identity: Identity
-    ) -> Future[Reply]:
-        return self.change(operations.PutMetrics(version=version, metrics=metrics), identity)
 
     def remove(self, identity: Identity, forget: Callable[[], None]) -> Future[Reply]:
         """Close the session and call ``forget``; also one that cannot be read back any more."""
