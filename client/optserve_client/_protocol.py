@@ -110,16 +110,19 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
 
 
 def _doubted(failure: errors.OptserveError) -> errors.TransportError:
-    return errors.TransportError(f"{failure.detail}; an earlier attempt may have worked")
+    doubted = errors.TransportError(f"{failure.detail}; an earlier attempt may have worked")
+    doubted.__cause__ = failure.__cause__
+    return doubted
 
 
 def _tried(failure: errors.OptserveError, attempts: int, retry: Retry) -> errors.OptserveError:
     """Return ``failure``; what the network did is told with the number of tries and the limit."""
-    if isinstance(failure, errors.TransportError):
-        times = "once" if attempts == 1 else f"{attempts} times"
-        failure.detail += f" (tried {times}, limit {retry.total_s:g} s)"
-        failure.args = (failure.detail,)
-    return failure
+    if not isinstance(failure, errors.TransportError):
+        return failure
+    times = "once" if attempts == 1 else f"{attempts} times"
+    told = type(failure)(f"{failure.detail} (tried {times}, limit {retry.total_s:g} s)")
+    told.__cause__ = failure.__cause__
+    return told
 
 
 @dataclass(slots=True)

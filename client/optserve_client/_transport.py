@@ -14,7 +14,7 @@ from optserve_client import errors
 from optserve_client._messages import CHUNK_BYTES, Answer, Request
 
 
-def options(url: str, timeout: float, headers: Mapping[str, str] | None) -> dict[str, Any]:
+def options(url: Any, timeout: float, headers: Mapping[str, str] | None) -> dict[str, Any]:
     """Return what both httpx clients are made with."""
     if not isinstance(url, str):
         example = "http://127.0.0.1:8000"

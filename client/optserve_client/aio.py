@@ -34,10 +34,10 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._server, self._timeout = place(url, transport), timeout
         self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
         self._http = httpx.AsyncClient(**options(url, timeout, headers), transport=transport)
+        self._server, self._timeout = place(url, transport), timeout
 
     @property
     def worker(self) -> str:

@@ -57,10 +57,10 @@ class Client:
             headers: Sent with every request.
             transport: An httpx transport, for example to a Unix domain socket.
         """
-        self._server, self._timeout = place(url, transport), timeout
         self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
         self._lanes = Lanes(worker, epoch, threading.Lock)
         self._http = httpx.Client(**options(url, timeout, headers), transport=transport)
+        self._server, self._timeout = place(url, transport), timeout
 
     @property
     def worker(self) -> str:

@@ -8,13 +8,15 @@ own ``lr_scheduler`` classes drive it. The only file of the client that needs to
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from optserve_client import wire
+from optserve_client import errors, wire
 from optserve_client._calls import given
+from optserve_client._remote import SESSION_FIELDS, check_client, described, named_in, sparse_names
 from optserve_client._values import Json, Sparse, StepResult
 from optserve_client.client import Client
 from optserve_client.session import Session
@@ -69,10 +71,17 @@ class RemoteOptimizer(torch.optim.Optimizer):
             session: Further fields of :meth:`Client.create`, for example ``clip_grad_norm``.
             **hyperparameters: Of the optimizer.
         """
+        check_client(client)
         spec = {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer)
         spec |= {name: _plain(value) for name, value in hyperparameters.items()}
         self._name = str(spec.get("name"))
-        self._known, defaults, self._needs_loss = _described(client, spec)
+        self._known, defaults, self._needs_loss = described(client, spec)
+        if misplaced := (hyperparameters.keys() & SESSION_FIELDS) - self._known:
+            field = min(misplaced)
+            raise errors.Invalid(
+                f"{field} is a field of the session and no hyperparameter of {self._name}: "
+                f"use session={{{field!r}: {hyperparameters[field]!r:.80}}}"
+            )
         self._by_content = edits == "content"
         self._session: Session | None = None
         self._searching = False
@@ -87,7 +96,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             {name: _array(p) for name, p in self._parameters()},
             id=session_id,
             groups=self._group_specs(spec),
-            **given(sparse=_sparse_names(self._name, sparse)),
+            **given(sparse=sparse_names(self._name, sparse)),
             **dict(session or {}),
         )
         self._adopt_groups(self._session.info["groups"])
@@ -104,32 +113,63 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return self._session
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(
+        self,
+        closure: None = None,
+        *,
+        loss: float | torch.Tensor | None = None,
+        metrics: Mapping[str, float | torch.Tensor] | None = None,
+    ) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(
+        self,
+        closure: Callable[[], float],
+        *,
+        loss: None = None,
+        metrics: Mapping[str, float | torch.Tensor] | None = None,
+    ) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        loss: float | torch.Tensor | None = None,
+        metrics: Mapping[str, float | torch.Tensor] | None = None,
+    ) -> float | None:
         """Send the gradients and copy the updated parameters back.
 
-        With a ``closure``, which LBFGS needs, its loss goes along; it is called again as often as
-        the server asks. Returns the loss of its first call, as torch does.
+        Args:
+            closure: Computes loss and gradients; LBFGS needs it. Its loss goes along, and it is
+                called again as often as the server asks.
+            loss: At the parameters as they are, where there is no closure: a number or a tensor
+                with one element. For history, for ``best`` and for a ReduceLROnPlateau of the
+                server. One that is not finite is not sent.
+            metrics: Further named values, likewise.
+        Returns the loss of the closure's first call, as torch does.
         """
         if closure is None and self._needs_loss:
             raise TypeError(f"{self._name} needs a closure: step(closure)")
-        loss = first = None if closure is None else _evaluate(closure)
+        if closure is not None and loss is not None:
+            raise TypeError("the loss is given twice: the closure returns it, so leave out loss=")
+        sent = None if loss is None else _number(loss, "loss")
+        values = {key: _number(v, f"metrics[{key!r}]") for key, v in (metrics or {}).items()}
+        first = None
+        if closure is not None:
+            first = _evaluate(closure)
+            sent = _number(first, "loss")
         if self._searching:  # an earlier step ended inside a line search
             self._seen.clear()
-        result = self._push(loss, abandon=self._searching, groups=self._changed_groups())
+        result = self._push(sent, values, abandon=self._searching, groups=self._changed_groups())
         while result.need is not None and closure is not None:
             self._searching = True
-            loss = _evaluate(closure)
-            result = self._push(loss, inside=True)
+            result = self._push(_number(_evaluate(closure), "loss"), values, inside=True)
         self._searching = False
         return first
 
     def _push(
         self,
         loss: float | None,
+        metrics: Mapping[str, float],
         *,
         groups: list[Json] | None = None,
         inside: bool = False,
@@ -142,7 +182,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             {name: _gradient(p) for name, p in self._parameters()},
             params=edited or None,
             groups=groups,
-            loss=None if loss is None else float(_plain(loss)),
+            loss=loss,
+            metrics=metrics or None,
             abandon=abandon,
         )
         for sent, changed in zip(self._sent, groups or [], strict=False):
@@ -183,18 +224,37 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned; the model's parameters stay as they are."""
+        """Go on from what :meth:`state_dict` returned; the model's parameters stay as they are.
+
+        The state of another optimizer, or of parameters with other names, shapes or groups, is a
+        ValueError, and nothing is changed then.
+        """
         if STATE not in state_dict:
             raise ValueError(f"this is not the state_dict of a {type(self).__name__}: no {STATE!r}")
         frame = state_dict[STATE].contiguous().numpy().data
+        tensors, metadata = wire.decode(frame)
         values = {
             name.removeprefix("param/"): value
-            for name, value in wire.decode(frame)[0].items()
+            for name, value in tensors.items()
             if name.startswith("param/")
         }
         if (names := set(self._names)) != values.keys():
             odd = sorted(names ^ values.keys())
             raise ValueError(f"the state_dict has other parameters: {odd[0]!r} is not in both")
+        for name, p in self._parameters():
+            if values[name].shape != tuple(p.shape):
+                there, here = list(values[name].shape), list(p.shape)
+                raise ValueError(
+                    f"the state_dict has {name!r} in the shape {there}, the optimizer in {here}"
+                )
+        saved = named_in(json.loads(metadata.get(wire.META_KEY, "{}")), self._name)
+        if saved != (own := named_in(self.session.info, self._name)):
+            raise ValueError(f"the state_dict is of {saved}, this optimizer is {own}")
+        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != (here := [len(group["params"]) for group in self.param_groups]):
+            raise ValueError(
+                f"the state_dict has groups of {sizes} parameters, the optimizer of {here}"
+            )
         self.session.import_state(frame, abandon=True)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         groups = zip(self.param_groups, self.session.status()["groups"], strict=True)
@@ -266,36 +326,21 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 self._seen[name] = (p._version, p.data_ptr())
 
 
-def _described(client: Client, spec: Mapping[str, Any]) -> tuple[set[str], Json, bool]:
-    """Return an optimizer's hyperparameters, their defaults, and whether it needs a closure."""
-    entry = client.optimizer(str(spec.get("name")))
-    properties = {k: v for k, v in entry["schema"]["properties"].items() if k != "name"}
-    defaults = {
-        key: tuple(one["default"]) if isinstance(one["default"], list) else one["default"]
-        for key, one in properties.items()
-        if "default" in one
-    }
-    known = set(properties)
-    if isinstance(inner := spec.get("optimizer"), Mapping):  # a wrapper such as Lookahead
-        inside, inner_defaults, _ = _described(client, inner)
-        known, defaults = known - {"optimizer"} | inside, defaults | inner_defaults
-    chosen = {k: v for k, v in spec.items() if k in known}
-    return known, defaults | chosen, bool(entry.get("needs_loss", False))
-
-
-def _sparse_names(optimizer: str, sparse: Iterable[str] | None) -> list[str] | None:
-    if sparse is None:
-        return ["*"] if optimizer.lower().replace("_", "") == "sparseadam" else None
-    return list(sparse)
-
-
 def _evaluate(closure: Callable[[], float]) -> float:
     with torch.enable_grad():
         return closure()
 
 
+def _number(value: Any, what: str) -> float:
+    """Return a loss or metric, which may be a tensor with one element."""
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        shape = list(value.shape)
+        raise TypeError(f"{what} must be a number or a tensor with one element, got shape {shape}")
+    return float(value)
+
+
 def _plain(value: Any) -> Any:
-    """Return a hyperparameter or loss as JSON has it."""
+    """Return a hyperparameter as JSON has it."""
     if isinstance(value, torch.Tensor):
         return value.detach().tolist()
     if isinstance(value, (np.generic, np.ndarray)):

@@ -186,7 +186,7 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     add("PUT", f"{plain}/metrics", {"version": 1, "metrics": {"acc": 0.5}})
     add("POST", f"{plain}/groups", {"params": {"new": [1.0]}, "lr": 0.5})
     add("POST", f"{plain}/groups", frame(f32("param", {"new": [1.0]}), {"lr": 0.5}))
-    add("DELETE", f"{plain}-gone", query="worker=a&epoch=1&seq=1")
+    add("DELETE", f"{plain}-imported", query="worker=a&epoch=1&seq=1")
     for spec in SCHEDULERS:
         add("PUT", f"{rich}/scheduler", spec)
     fields = {"optimizer": "Adam", "order": ["b", "w"]}

@@ -29,6 +29,15 @@ SHAPES: dict[str, Shapes] = {
     "no scalar": {"w.big": (257, 301), "vec": (7,), "w.tall": (33, 1)},
     "matrices": {"w.big": (257, 301), "vec": (19, 5), "w.tall": (33, 2)},
 }
+#: Those that refuse some of the odd shapes, and the first set that they take.
+TAKES = {
+    "Muon": "matrices",
+    "SpectralSphere": "matrices",
+    **dict.fromkeys(
+        ("Adafactor", "AdamP", "AvaGrad", "SCION", "SGDP", "SM3", "Shampoo", "StableSPAM"),
+        "no empty",
+    ),
+}
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clip_grad_norm": {"clip_grad_norm": 0.5},

@@ -20,7 +20,7 @@ from optserve.optim import catalogue
 from optserve_client import wire
 from tests import local
 from tests.conftest import LONG
-from tests.integration.parity import SHAPES, STEPS, Cell, Local, Shapes, body, cells
+from tests.integration.parity import SHAPES, STEPS, TAKES, Cell, Local, Shapes, body, cells, resolve
 from tests.serving import ServerProcess
 
 
@@ -124,6 +124,7 @@ def test_served_params_are_bit_equal_to_local_ones(cell: Cell, http: httpx.Clien
     else:
         pytest.fail(f"{cell.name} takes none of the shapes: {sentence}")
     assert answer.status_code == 201, answer.text
+    assert label == TAKES.get(cell.name, "odd")
     alone = Local(cell, params, answer.json()["impl"])
     for i in range(STEPS):
         grads = local.arrays(1000 + i, shapes)
@@ -133,6 +134,24 @@ def test_served_params_are_bit_equal_to_local_ones(cell: Cell, http: httpx.Clien
         local.assert_equal(params_of(served, shapes), alone.leaves)
     assert any(not np.array_equal(params[n], alone.leaves[n].detach()) for n in params)
     http.delete(path)
+
+
+@pytest.mark.parametrize("inner", ["SGD", "RMSprop", "Muon", "Lion", "AdaBelief", "Prodigy"])
+def test_lookahead_wraps_others_bit_equal(inner: str, http: httpx.Client) -> None:
+    entry, params = catalogue.find(inner), local.arrays(0, {"w": (31, 17)})
+    spec = {"name": "Lookahead", "optimizer": {"name": inner, "lr": 0.02}, "k": 3, "alpha": 0.7}
+    path = f"/v1/sessions/around-{inner}"
+    body = {"optimizer": spec, "params": local.as_json(params)}
+    assert http.put(path, json=body).status_code == 201
+    leaves = local.leaves(params)
+    wrapped = resolve(entry.source)(leaves.values(), lr=0.02)
+    alone = resolve("pytorch_optimizer.Lookahead")(wrapped, k=3, alpha=0.7)
+    for seed in range(10):
+        grads = local.arrays(seed, {"w": (31, 17)})
+        local.set_grads(leaves, grads)
+        alone.step()
+        served = http.post(f"{path}/step", **encoded({}, grads, "grads", "base64"))
+        local.assert_equal(params_of(served, {"w": (31, 17)}), leaves)
 
 
 def test_the_table_holds_every_optimizer() -> None:
