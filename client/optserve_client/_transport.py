@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -112,4 +113,12 @@ def translated(request: Request, server: str, timeout_s: float) -> Iterator[None
 
 
 def _why(exc: Exception) -> str:
+    """Return the reason that the system gave, in the same words for both clients."""
+    inner: BaseException | None = exc
+    while inner is not None:
+        if isinstance(inner, BaseExceptionGroup):  # one address each
+            inner = inner.exceptions[0]
+        if isinstance(inner, OSError) and inner.errno:
+            return os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
+        inner = inner.__cause__ or inner.__context__
     return str(exc) or type(exc).__name__

@@ -53,9 +53,12 @@ def test_help_lists_every_flag(flag: str) -> None:
     ("flags", "env", "sentence"),
     [
         ((), {"OPTSERVE_PORT": "tcp://10.0.0.7:8000"}, "a container platform injects"),
-        (("--threads", "0"), {}, "--threads: Input should be greater than or equal to 1, got 0"),
+        (("--threads", "0"), {}, "--threads must be >= 1, got 0"),
+        (("--port", "70000"), {}, "--port must be <= 65535, got 70000"),
+        (("--uds", "/x", "--port", "3"), {}, "--port and --uds are two places to listen"),
         (("--uds", "/x", "--fd", "3"), {}, "two places to listen, expected one"),
-        (("--device", "tpu"), {}, "--device: String should match pattern"),
+        (("--device", "tpu"), {}, "--device must be auto, cpu, cuda or cuda:<index>, got 'tpu'"),
+        (("--port", "0", "--device", "cuda:99"), {}, "device 'cuda:99': this server has "),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_one_sentence_and_status_2(
@@ -67,6 +70,48 @@ def test_a_setting_that_cannot_be_used_is_one_sentence_and_status_2(
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("optserve: ")
     assert sentence in done.stderr
+
+
+def test_help_names_the_settings_that_have_no_flag_and_the_log_levels() -> None:
+    said = " ".join(run("serve", "--help").stdout.split())
+    assert "OPTSERVE_MAX_BODY_BYTES" in said
+    assert "debug, info, warning or error" in said
+
+
+def test_a_device_that_is_not_there_leaves_no_socket_file(tmp_path: Path) -> None:
+    path = tmp_path / "o.sock"
+    assert run("serve", "--uds", str(path), "--device", "cuda:99").returncode == 2
+    assert not path.exists()
+
+
+def test_a_variable_that_is_no_setting_is_warned_about() -> None:
+    with ServerProcess(env={"OPTSERVE_PROT": "9000"}) as server:
+        said = json.loads(server.stderr())
+    assert said["level"] == "warning"
+    assert said["event"].endswith("(did you mean OPTSERVE_PORT?)")
+
+
+def test_an_announced_length_sets_no_memory_aside() -> None:
+    with ServerProcess(env={"OPTSERVE_MAX_JSON_BYTES": str(2**31)}) as server:
+        before = _resident_bytes(server)
+        connection = http.client.HTTPConnection(*_address(server), timeout=30)
+        connection.putrequest("POST", "/v1/sessions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(2**30))
+        connection.endheaders()
+        connection.send(b"{")
+        assert httpx.get(f"{server.url}/healthz", timeout=1).status_code == 200
+        assert _resident_bytes(server) - before < 64 * 2**20
+        connection.close()
+
+
+def _resident_bytes(server: ServerProcess) -> int:
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("there is no /proc here")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def test_a_port_in_use_is_told_before_torch_is_loaded() -> None:

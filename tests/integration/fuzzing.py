@@ -197,6 +197,7 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     both = f32("param", PARAMS) | f32("grad", GRADS)
     add("POST", "/step", frame(both, {"id": f"{prefix}plain-new", "optimizer": "NAdam"}))
     add("POST", "/v1/schedulers/preview", PREVIEW)
+    add("POST", "/v1/sessions", SESSIONS["plain"][0], **KEY)
     add("GET", "/v1/sessions", query="limit=3&tag=a:b&order_by=-name")
     for path in PAGES:
         add("GET", path)

@@ -332,7 +332,7 @@ REFUSED = {
     ),
     "group": (lambda s: s.step(arrays(1), groups=[{"lrr": 1}]), errors.Invalid),
     "field": (lambda s: s.patch(clip_norm=1), errors.Invalid),
-    "loss": (lambda s: s.step(arrays(1), loss=float("inf")), errors.Invalid),
+    "loss_scale": (lambda s: s.step(arrays(1), loss_scale=float("inf")), errors.Invalid),
 }
 
 
@@ -457,11 +457,33 @@ def persistent(call: Any) -> Session:
 
 
 def test_a_server_that_is_not_there_is_named(unused_port: int) -> None:
-    with (
-        Client(f"http://127.0.0.1:{unused_port}", retries=0) as client,
-        pytest.raises(errors.ConnectFailed, match="GET /healthz: cannot connect"),
-    ):
+    url = f"http://127.0.0.1:{unused_port}"
+
+    async def awaited() -> None:
+        async with AsyncClient(url, retries=0) as client:
+            await client.healthz()
+
+    sentence = f"GET /healthz: cannot connect to {url}: Connection refused (tried once, limit 60 s)"
+    with Client(url, retries=0) as client, pytest.raises(errors.ConnectFailed) as one:
         client.healthz()
+    with pytest.raises(errors.ConnectFailed) as other:
+        asyncio.run(awaited())
+    assert one.value.detail == other.value.detail == sentence
+
+
+def test_a_loss_that_overflowed_with_the_gradients_does_not_stop_the_loop(client: Client) -> None:
+    session = client.create("SGD", {"w": [1.0]}, lr=0.5, best={"monitor": "loss", "mode": "min"})
+    skipped = session.step({"w": [np.inf]}, loss=np.inf, loss_scale=2.0)
+    assert (skipped.applied, skipped.skipped) == (False, "nonfinite")
+    applied = session.step({"w": [2.0]}, loss=np.nan, metrics={"a": np.nan}, loss_scale=2.0)
+    assert (applied.applied, params_of(applied)["w"]) == (True, 0.5)
+    assert [row["loss"] for row in session.history()] == [None]
+
+
+def test_lists_are_arrays_of_the_sessions_dtype(client: Client) -> None:
+    for dtype in ("float32", "float64"):
+        session = client.create("SGD", {"w": [1.0, 2.0]}, lr=0.1, dtype=dtype)
+        assert params_of(session.step({"w": [0.1, 0.2]}))["w"].dtype == np.dtype(dtype)
 
 
 @pytest.fixture

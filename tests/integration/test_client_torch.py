@@ -219,6 +219,32 @@ def test_a_state_dict_of_something_else_is_refused(client: Client) -> None:
         named.load_state_dict(other.state_dict())
 
 
+def test_the_state_of_another_optimizer_is_refused_before_the_server_is_touched(
+    client: Client,
+) -> None:
+    def remote(name: Any, *shapes: tuple[int, ...], groups: bool = False) -> RemoteOptimizer:
+        ps = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+        params: Any = [{"params": [p]} for p in ps] if groups else ps
+        return RemoteOptimizer(params, name, lr=0.1, client=client)
+
+    other = remote("Adam", (2,), (3,))
+    before = other.session.status()
+    wrapped = {"name": "Lookahead", "optimizer": {"name": "SGD"}}
+    for state, sentence in [
+        (remote("AdamW", (2,), (3,)), "the state_dict is of AdamW, this optimizer is Adam"),
+        (remote("Adam", (2,), (4,)), r"has '1' in the shape \[4\], the optimizer in \[3\]"),
+        (remote("Adam", (2,)), "has other parameters: '1' is not in both"),
+        (remote("Adam", (2,), (3,), groups=True), r"groups of \[1, 1\].*the optimizer of \[2\]"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            other.load_state_dict(state.state_dict())
+    ps = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    ahead = RemoteOptimizer(ps, wrapped, client=client)
+    with pytest.raises(ValueError, match=r"is of Lookahead\(SGD\), this optimizer is Adam"):
+        other.load_state_dict(ahead.state_dict())
+    assert other.session.status() == before
+
+
 def test_a_group_is_added_in_the_middle(client: Client) -> None:
     local, one, served, other = pair(client, "Adam", lambda net: [net[2].weight], lr=0.01)
     for i in range(6):
@@ -256,6 +282,53 @@ def test_a_closure_gives_the_loss(client: Client) -> None:
         assert ours == theirs
         same(local, served)
     assert other.session.history()[-1]["loss"] == float(theirs.detach())
+
+
+def test_a_loss_is_reported_without_a_closure(client: Client) -> None:
+    net = model()
+    plateau = {"name": "ReduceLROnPlateau", "patience": 0, "advance": "step", "monitor": "loss"}
+    session = {"scheduler": plateau, "best": {"monitor": "loss"}}
+    optimizer = RemoteOptimizer(net.parameters(), "SGD", lr=0.1, client=client, session=session)
+    given: list[Any] = [3.0, torch.tensor(1.0), torch.tensor([2.0], requires_grad=True)]
+    for i, loss in enumerate(given):
+        loss_of(net, i).backward()
+        assert optimizer.step(loss=loss, metrics={"acc": torch.tensor(0.5 * i)}) is None
+    history = optimizer.session.history()
+    assert [row["loss"] for row in history] == [3.0, 1.0, 2.0]
+    assert [row["metrics"] for row in history] == [{"acc": 0.0}, {"acc": 0.5}, {"acc": 1.0}]
+    assert optimizer.session.status()["best"] == {"value": 1.0, "version": 1}
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_a_loss_goes_through_the_wrappers_of_torchs_scheduler_and_grad_scaler(
+    client: Client,
+) -> None:
+    net = model()
+    optimizer = RemoteOptimizer(net.parameters(), "SGD", lr=0.1, client=client)
+    scheduler = lr_scheduler.StepLR(optimizer, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for i, factor in enumerate((1.0, float("inf"), 1.0)):  # torch skips the second one here
+        optimizer.zero_grad()
+        loss = loss_of(net, i) * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer, loss=loss)
+        scaler.update()
+    optimizer.step(loss=float("nan"))
+    scheduler.step()
+    losses = [row["loss"] for row in optimizer.session.history()]
+    assert len(losses) == 3
+    assert None not in losses[:2]
+    assert losses[2] is None
+
+
+def test_a_loss_of_another_kind_is_refused(client: Client) -> None:
+    optimizer: Any = RemoteOptimizer(model().parameters(), "SGD", lr=0.1, client=client)
+    with pytest.raises(TypeError, match=r"loss must be a number or a tensor with one.*\[2\]"):
+        optimizer.step(loss=torch.ones(2))
+    with pytest.raises(TypeError, match=r"metrics\['a'\] must be a number or a tensor"):
+        optimizer.step(metrics={"a": torch.ones(2)})
+    with pytest.raises(TypeError, match="the loss is given twice"):
+        optimizer.step(lambda: 1.0, loss=1.0)
 
 
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
@@ -529,6 +602,32 @@ def test_what_the_server_refuses_is_refused_by_the_constructor(
 ) -> None:
     with pytest.raises(errors.RequestError, match=sentence):
         RemoteOptimizer(model().parameters(), name, client=client, **hyper)
+
+
+def test_an_unknown_optimizer_is_the_same_error_as_in_create(client: Client) -> None:
+    with pytest.raises(errors.Invalid) as one:
+        RemoteOptimizer(model().parameters(), "Adamm", client=client)
+    with pytest.raises(errors.Invalid) as other:
+        client.create("Adamm", {"w": [1.0]})
+    assert one.value.detail == other.value.detail
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("clip_grad_norm", 1.0), ("scheduler", {"name": "ExponentialLR"}), ("tags", {"a": "b"})],
+)
+def test_a_field_of_the_session_among_the_hyperparameters_is_pointed_out(
+    client: Client, field: str, value: Any
+) -> None:
+    sentence = rf"{field} is a field of the session and no .* of Adam: use session=\{{'{field}': "
+    with pytest.raises(errors.Invalid, match=sentence):
+        RemoteOptimizer(model().parameters(), "Adam", client=client, **{field: value})
+
+
+@pytest.mark.parametrize("wrong", ["http://127.0.0.1:8000", None])
+def test_a_client_that_is_none_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"client must be an optserve_client\.Client.*, got "):
+        RemoteOptimizer(model().parameters(), "Adam", client=wrong)
 
 
 def test_hooks_of_torch_run(client: Client) -> None:

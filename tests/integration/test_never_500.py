@@ -61,6 +61,9 @@ class Target:
     def __init__(self, server: ServerProcess, prefix: str) -> None:
         self.talk = Talk(server)
         self.prefix = prefix
+        #: Sessions of other tests.
+        self._others: set[str] = set()
+        self._others = set(self._listed())
         states = {}
         for name in SESSIONS:
             self.make(name)
@@ -76,7 +79,7 @@ class Target:
     def make(self, name: str) -> None:
         """Create a session and step it once, so that there is state to spoil."""
         create, step = SESSIONS[name]
-        self.talk.ask("DELETE", f"{self.url(name)}")
+        self.talk.ask("DELETE", self.url(name))
         status, body = self.talk.ask("PUT", self.url(name), create)
         assert status == 201, body
         status, body = self.talk.ask("POST", f"{self.url(name)}/step", step)
@@ -84,11 +87,16 @@ class Target:
 
     def close(self) -> None:
         """Delete the sessions that this made, and the connection."""
-        _, body = self.talk.ask("GET", "/v1/sessions?limit=1000")
-        for row in json.loads(body)["sessions"]:
-            if row["id"].startswith(self.prefix):
-                self.talk.ask("DELETE", f"/v1/sessions/{row['id']}")
+        for session_id in self._listed():
+            self.talk.ask("DELETE", f"/v1/sessions/{session_id}")
         self.talk.close()
+
+    def _listed(self) -> dict[str, Any]:
+        """Return when each session of this was last changed."""
+        status, body = self.talk.ask("GET", "/v1/sessions?limit=1000")
+        assert status == 200, body
+        rows = {row["id"]: row["updated_at"] for row in json.loads(body)["sessions"]}
+        return {name: when for name, when in rows.items() if name not in self._others}
 
     def _when(self, name: str) -> Any:
         status, body = self.talk.ask("GET", self.url(name))
@@ -99,43 +107,43 @@ class Target:
         """Send a request; neither it nor any that follows it may be answered with 500."""
         status, body = self.talk.exchange(sent)
         assert status < 500, (status, body)
-        status, body = self.talk.ask("GET", "/v1/sessions?limit=1000")
-        assert status == 200, body
-        found = {row["id"]: row["updated_at"] for row in json.loads(body)["sessions"]}
+        found = self._listed()
         for session_id, updated in found.items():
-            if session_id.startswith(self.prefix):
-                self._check_session(session_id.removeprefix(self.prefix), updated)
+            self._check_session(session_id, updated)
         for name, updated in self._updated.items():
             if updated is None or self.prefix + name not in found:
                 self.make(name)
                 self._updated[name] = self._when(name)
 
-    def _check_session(self, name: str, updated: Any) -> None:
+    def _check_session(self, session_id: str, updated: Any) -> None:
         """Use a session that a spoilt request made or changed, and delete it."""
+        name = session_id.removeprefix(self.prefix)
         if self._updated.get(name) == updated:
             return
         step = SESSIONS.get(name.partition("-")[0], SESSIONS["plain"])[1]
-        for sent in self.uses(name, step):
+        for sent in uses(session_id, step):
             status, body = self.talk.exchange(sent)
             assert status < 500, (sent, status, body)
-        status, body = self.talk.ask("DELETE", f"{self.url(name)}")
+        status, body = self.talk.ask("DELETE", f"/v1/sessions/{session_id}")
         assert status == 200, body
         if name in SESSIONS:
             self._updated[name] = None
 
-    def uses(self, name: str, step: dict[str, Any]) -> Iterator[Sent]:
-        """Yield ordinary requests to a session that may not be what it was."""
-        url = self.url(name)
-        for _ in range(3):
-            yield Sent(method="POST", path=f"{url}/step", body=step)
-        yield Sent(method="POST", path=f"{url}/step", body={**step, "dry_run": True, "loss": 0.25})
-        yield Sent(method="POST", path=f"{url}/scheduler/step", body={"worker": "a", "seq": 1})
-        yield Sent(method="PATCH", path=f"{url}/groups/0", body={"lr": 0.5, "abandon": True})
-        for view in ("", "/scheduler", "/scheduler/preview", "/history", "/state"):
-            yield Sent(method="GET", path=url + view)
-        for weights in ("live", "ema", "best", "eval"):
-            yield Sent(method="GET", path=f"{url}/params", query=f"weights={weights}")
-        yield Sent(method="POST", path=f"{url}/fork", body={})
+
+def uses(session_id: str, step: dict[str, Any]) -> Iterator[Sent]:
+    """Yield ordinary requests to a session that may not be what it was."""
+    url = f"/v1/sessions/{session_id}"
+    for _ in range(3):
+        yield Sent(method="POST", path=f"{url}/step", body=step)
+    yield Sent(method="POST", path=f"{url}/step", body={**step, "dry_run": True, "loss": 0.25})
+    yield Sent(method="POST", path=f"{url}/scheduler/step", body={"worker": "a", "seq": 1})
+    yield Sent(method="PATCH", path=f"{url}/groups/0", body={"lr": 0.5, "abandon": True})
+    for view in ("", "/scheduler", "/scheduler/preview", "/history", "/state"):
+        yield Sent(method="GET", path=url + view)
+    for weights in ("live", "ema", "best", "eval"):
+        yield Sent(method="GET", path=f"{url}/params", query=f"weights={weights}")
+    yield Sent(method="POST", path=f"{url}/fork", body={"id": "fuzz-fork"})
+    yield Sent(method="DELETE", path="/v1/sessions/fuzz-fork")
 
 
 @pytest.fixture(scope="module")

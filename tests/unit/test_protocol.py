@@ -486,13 +486,28 @@ def test_numpy_values_in_fields_are_sent_as_numbers_and_lists() -> None:
 @pytest.mark.parametrize(
     "value, sentence",
     [
-        ({"loss": float("nan")}, "a field holds NaN or Infinity, which JSON has not"),
-        ({"x": object()}, "object cannot be sent as JSON"),
+        ({"metrics": float("nan")}, "metrics is nan, which JSON has not"),
+        ({"optimizer": {"betas": (0.9, np.float64("inf"))}}, r"optimizer\.betas\[1\] is inf"),
+        ({"groups": [{"lr": np.float32("-inf")}]}, r"groups\[0\]\.lr is -inf, which JSON has not"),
+        (float("nan"), "a field is nan"),
+        ({"x": object()}, "x: object cannot be sent as JSON"),
+        (
+            {"scheduler": {"name": "LambdaLR", "lr_lambda": [lambda epoch: 1.0]}},
+            r"scheduler\.lr_lambda\[0\] is a Python function, which cannot be sent: write it as an "
+            r'expression in epoch, such as "0\.95 \*\* epoch", or as a table',
+        ),
     ],
 )
 def test_what_json_cannot_say_is_refused(value: Any, sentence: str) -> None:
     with pytest.raises(errors.Invalid, match=sentence):
         to_json(value)
+
+
+def test_what_contains_itself_is_refused() -> None:
+    loop: dict[str, Any] = {}
+    loop["x"] = [loop]
+    with pytest.raises(errors.Invalid, match=r"x\[0\] contains itself"):
+        to_json(loop)
 
 
 def test_scalars_and_params_are_read_from_both_media() -> None:

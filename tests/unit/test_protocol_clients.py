@@ -25,6 +25,7 @@ from optserve_client import (
     errors,
     wire,
 )
+from optserve_client._transport import place
 
 Handler = Callable[[httpx.Request], httpx.Response]
 STEP = {"id": "s", "generation": "g", "version": 1, "applied_version": 1, "updates": 1}
@@ -184,6 +185,86 @@ def test_a_step_that_returns_nothing_has_no_params() -> None:
     with client(Wire(frame(STEP))) as c:
         result = c.session("s").step({"w": np.ones(1)}, returns="none")
     assert (result.params, result.returned) == (None, None)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.float32("nan"), np.array(np.inf)])
+def test_a_loss_or_metric_that_is_not_finite_is_left_out(value: Any) -> None:
+    net = Wire(frame(STEP), frame(STEP), httpx.Response(200, json={}))
+    with client(net) as c:
+        session = c.session("s")
+        session.step({}, loss=value, metrics={"a": value, "b": 2.0}, loss_scale=8.0)
+        session.step({}, loss=0.0, metrics={"a": value})
+        session.put_metrics(1, {"a": value, "b": 3.0})
+    identity: dict[str, Any] = {"worker": "w", "epoch": 1}
+    assert net.fields(0) == {"metrics": {"b": 2.0}, "loss_scale": 8.0, **identity, "seq": 1}
+    identity["generation"] = "g"
+    assert net.fields(1) == {"loss": 0.0, **identity, "seq": 2}
+    assert net.fields(2)["metrics"] == {"b": 3.0}
+
+
+def test_other_numbers_that_are_not_finite_are_refused_by_name() -> None:
+    with client(Wire()) as c:
+        with pytest.raises(errors.Invalid, match="metrics is nan, which JSON has not"):
+            c.session("s").scheduler_step(metrics=np.nan)
+        with pytest.raises(errors.Invalid, match="loss_scale is inf, which JSON has not"):
+            c.session("s").step({}, loss_scale=np.inf)
+
+
+def test_lists_are_float32_as_in_json_and_arrays_keep_their_dtype() -> None:
+    net = Wire(created())
+    with client(net) as c:
+        c.create("SGD", {"list": [1.0, 2], "tuple": (1, 2), "number": 3, "array": np.ones(2)})
+    sent = net.tensors()
+    kinds = {name: (value.dtype.name, value.shape) for name, value in sent.items()}
+    assert kinds == {
+        "param/list": ("float32", (2,)),
+        "param/tuple": ("float32", (2,)),
+        "param/number": ("float32", ()),
+        "param/array": ("float64", (2,)),
+    }
+
+
+@pytest.mark.parametrize("dtype, tag", [("float64", "F64"), ("bfloat16", "BF16"), (None, "F32")])
+def test_lists_become_the_dtype_of_the_session_where_it_is_known(dtype: Any, tag: str) -> None:
+    info = {"id": "s", "generation": "g", "created": True} | ({"dtype": dtype} if dtype else {})
+    net = Wire(httpx.Response(201, json=info), frame(STEP), httpx.Response(200, json={}))
+    with client(net) as c:
+        session = c.create("SGD", {"w": [0.1]}, dtype=dtype)
+        session.step({"w": [0.1]}, params={"w": [0.2]})
+        session.put_params({"w": [0.3]})
+    for index in range(3):
+        assert {wire.dtype_of(t) for t in net.tensors(index).values()} == {tag}
+
+
+@pytest.mark.parametrize("bad", [[[1.0], [1.0, 2.0]], ["x"], [None, {}]])
+def test_lists_that_are_no_array_are_refused_by_name(bad: Any) -> None:
+    sentence = r"grads\['w'\] must be numbers in lists of equal lengths"
+    with client(Wire()) as c, pytest.raises(errors.Invalid, match=sentence):
+        c.session("s").step({"w": bad})
+
+
+def test_what_is_no_mapping_of_names_is_refused() -> None:
+    with client(Wire()) as c:
+        session: Any = c.session("s")
+        with pytest.raises(TypeError, match=r"grads must map names to arrays.*got ndarray"):
+            session.step(np.ones(2))
+        with pytest.raises(TypeError, match=r"params must map names to arrays.*got ndarray"):
+            session.step({"w": np.ones(2)}, params=np.ones(2))
+        with pytest.raises(TypeError, match=r"params must map names to arrays.*got list"):
+            c.create("SGD", [np.ones(2)])  # type: ignore[arg-type]
+
+
+def test_abandon_is_sent_only_where_it_is_asked_for() -> None:
+    net = Wire(*(httpx.Response(200, json={}) for _ in range(6)))
+    with client(net) as c:
+        session = c.session("s")
+        for flag in (True, False):
+            session.patch(notes="x", abandon=flag)
+            session.scheduler_step(abandon=flag)
+            session.put_scheduler(None, abandon=flag)
+    fields = [net.fields(i).get("abandon") for i in (0, 1, 3, 4)]
+    assert fields == [True, True, None, None]
+    assert [net.requests[i].url.params.get("abandon") for i in (2, 5)] == ["true", None]
 
 
 def test_a_dry_run_uses_up_no_number() -> None:
@@ -353,6 +434,54 @@ def test_failures_of_the_network_are_in_our_words_with_their_cause(
     assert caught.value.detail.startswith("GET /v1/sessions/s: ")
 
 
+@pytest.mark.parametrize(
+    "raised, sentence",
+    [
+        (
+            httpx.ConnectError("no"),
+            "GET /v1/sessions/s: cannot connect to http://test:80: no (tried 3 times, limit 60 s)",
+        ),
+        (
+            httpx.ReadTimeout("no"),
+            "GET /v1/sessions/s: no complete answer from http://test:80 in time, 2.5 s: no "
+            "(tried 3 times, limit 60 s)",
+        ),
+    ],
+)
+def test_failures_name_the_server_the_tries_and_the_limit_in_both_clients(
+    raised: Exception, sentence: str
+) -> None:
+    def options(net: Wire) -> dict[str, Any]:
+        return {"retries": QUICK, "timeout": 2.5, "transport": httpx.MockTransport(net)}
+
+    async def awaited() -> None:
+        async with AsyncClient("http://me:secret@test", **options(Wire(*[raised] * 3))) as c:
+            await c.session("s").status()
+
+    with (
+        Client("http://me:secret@test", **options(Wire(*[raised] * 3))) as c,
+        pytest.raises(errors.TransportError) as one,
+    ):
+        c.session("s").status()
+    with pytest.raises(errors.TransportError) as other:
+        asyncio.run(awaited())
+    assert one.value.detail == other.value.detail == sentence
+
+
+@pytest.mark.parametrize(
+    "url, uds, named",
+    [
+        ("http://localhost:8000/", None, "http://localhost:8000"),
+        ("https://me:secret@host", None, "https://host:443"),
+        ("http://[::1]", None, "http://[::1]:80"),
+        ("http://optserve", "/run/o.sock", "http://optserve:80 at /run/o.sock"),
+    ],
+)
+def test_the_server_is_named_by_host_port_and_socket(url: str, uds: str | None, named: str) -> None:
+    assert place(url, httpx.HTTPTransport(uds=uds)) == named
+    assert place(url, httpx.AsyncHTTPTransport(uds=uds)) == named
+
+
 def test_a_lost_answer_is_asked_for_again_with_the_same_bytes() -> None:
     net = Wire(httpx.ReadError("lost"), httpx.Response(503), frame(STEP | {"duplicate": True}))
     with client(net) as c:
@@ -377,6 +506,12 @@ def test_an_answer_cut_short_is_asked_for_again() -> None:
 def test_an_url_without_http_is_refused(url: str) -> None:
     with pytest.raises(errors.Invalid, match="url must begin with http:// or https://, got"):
         Client(url)
+
+
+@pytest.mark.parametrize("cls", [Client, AsyncClient])
+def test_an_url_that_is_no_string_is_refused(cls: Any) -> None:
+    with pytest.raises(TypeError, match=r"url must be a string such as 'http.*', got 8000"):
+        cls(8000)
 
 
 def test_threads_that_share_a_client_send_the_changes_of_a_session_one_at_a_time() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from optserve.settings import Settings, explain
+from optserve.settings import Settings, contradiction, explain, unknown_variables
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_an_injected_port_gets_a_sentence_that_says_where_it_comes_from(
 ) -> None:
     monkeypatch.setenv("OPTSERVE_PORT", "tcp://10.0.0.7:8000")
     assert sentences() == [
-        "OPTSERVE_PORT: 'tcp://10.0.0.7:8000' is an address that a container platform injects for "
+        "OPTSERVE_PORT is 'tcp://10.0.0.7:8000', an address that a container platform injects for "
         "a service named 'optserve', not a port; rename that service, switch service links off "
         "(enableServiceLinks: false), or give --port"
     ]
@@ -57,15 +57,12 @@ def test_an_injected_port_gets_a_sentence_that_says_where_it_comes_from(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"port": 65536}, "--port: Input should be less than or equal to 65535, got 65536"),
-        ({"threads": 0}, "--threads: Input should be greater than or equal to 1, got 0"),
-        (
-            {"device": "gpu"},
-            "--device: String should match pattern '^(auto|cpu|cuda(:\\d+)?)$', got 'gpu'",
-        ),
+        ({"port": 65536}, "--port must be <= 65535, got 65536"),
+        ({"threads": 0}, "--threads must be >= 1, got 0"),
+        ({"device": "gpu"}, "--device must be auto, cpu, cuda or cuda:<index>, got 'gpu'"),
         (
             {"log_level": "loud"},
-            "--log-level: Input should be 'debug', 'info', 'warning' or 'error', got 'loud'",
+            "--log-level must be 'debug', 'info', 'warning' or 'error', got 'loud'",
         ),
         (
             {"uds": "/run/o", "fd": 3},
@@ -79,9 +76,47 @@ def test_a_bad_flag_is_named_with_its_value(flags: dict[str, Any], sentence: str
 
 def test_a_bad_variable_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTSERVE_KEEP_ALIVE_S", "soon")
-    assert sentences() == [
-        "OPTSERVE_KEEP_ALIVE_S: Input should be a valid integer, unable to parse string as an "
-        "integer, got 'soon'"
+    assert sentences() == ["OPTSERVE_KEEP_ALIVE_S must be an integer, got 'soon'"]
+
+
+def test_more_threads_than_the_cpus_can_bear_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert Settings(threads=8).threads == 8
+    assert sentences(threads=9) == ["--threads must be <= 8, 4 for each CPU of this machine, got 9"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "sentence"),
+    [
+        ({}, {"uds": "/o", "port": 1}, "--port and --uds are two places to listen, expected one"),
+        ({}, {"fd": 3, "host": "::1"}, "--host and --fd are two places to listen, expected one"),
+        (
+            {"OPTSERVE_UDS": "/o"},
+            {"port": 1},
+            "--port and OPTSERVE_UDS are two places to listen, expected one",
+        ),
+        ({"OPTSERVE_PORT": "1"}, {"uds": "/o"}, None),
+        ({}, {"host": "::1", "port": 1}, None),
+    ],
+)
+def test_a_flag_is_never_ignored_for_another_place_to_listen(
+    variables: dict[str, str],
+    flags: dict[str, Any],
+    sentence: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert contradiction(Settings(**flags), flags) == sentence
+
+
+def test_a_variable_that_is_no_setting_is_told_with_the_closest_one() -> None:
+    injected = ["OPTSERVE_SERVICE_HOST", "OPTSERVE_PORT_8000_TCP_ADDR", "OPTSERVE_TORCH_INDEX"]
+    assert unknown_variables(
+        ["PATH", "OPTSERVE_PORT", *injected, "OPTSERVE_PROT", "OPTSERVE_QQQQQQQQQQQQQQQQQQQQQQQ"]
+    ) == [
+        "OPTSERVE_PROT is no setting and does nothing (did you mean OPTSERVE_PORT?)",
+        "OPTSERVE_QQQQQQQQQQQQQQQQQQQQQQQ is no setting and does nothing",
     ]
 
 

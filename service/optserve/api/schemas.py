@@ -210,7 +210,7 @@ def requests() -> dict[str, Schema]:
                 "optimizer": ref("OptimizerSpec"),
                 "groups": nullable(a_list(HYPER)),
                 "scheduler": ref("SchedulerSpec"),
-                "steps": {"type": "integer", "minimum": 1, "maximum": 100_000, "default": 100},
+                "steps": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 100},
                 "metrics": nullable(a_list({"type": "number"})),
             },
             ["optimizer", "scheduler"],
