@@ -313,12 +313,8 @@ def put_scheduler(session_id: str, scheduler: Any, abandon: bool) -> Call[Json]:
     return Call(draft=draft, read=scalars, changes=session_id)
 
 
-def delete(session_id: str, abandon: bool) -> Call[None]:
-    draft = Draft(
-        method="DELETE",
-        path=session_path(session_id),
-        query=(("abandon", "true"),) if abandon else (),
-    )
+def delete(session_id: str) -> Call[None]:
+    draft = Draft(method="DELETE", path=session_path(session_id))
     return Call(draft=draft, read=_nothing, changes=session_id, done_already=404)
 
 

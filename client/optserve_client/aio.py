@@ -274,8 +274,8 @@ class AsyncSession:
     async def status(self) -> Json:
         return await self._client._run(_calls.get(_calls.session_path(self.id), _calls.scalars))
 
-    async def delete(self, *, abandon: bool = False) -> None:
-        await self._client._run(_calls.delete(self.id, abandon))
+    async def delete(self) -> None:
+        await self._client._run(_calls.delete(self.id))
         self._client._lanes.forget(self.id)
 
     async def export_state(self) -> memoryview:

@@ -104,9 +104,9 @@ class Session:
         """Return the whole configuration, effective hyperparameters and counters."""
         return self._client._run(_calls.get(_calls.session_path(self.id), _calls.scalars))
 
-    def delete(self, *, abandon: bool = False) -> None:
+    def delete(self) -> None:
         """Delete the session and its history."""
-        self._client._run(_calls.delete(self.id, abandon))
+        self._client._run(_calls.delete(self.id))
         self._client._lanes.forget(self.id)
 
     def export_state(self) -> memoryview:

@@ -67,7 +67,7 @@ def test_an_object_behind_a_number_in_a_list_is_still_read() -> None:
         (b'{"a": 1', "the body is not JSON: unexpected end of data at byte 7"),
         (b'{"a": 1e400}', "number is infinity when parsed as double at byte 6"),
         (b'{"a": 1} x', "unexpected content after document at byte 9"),
-        (b'{"\xff": 1}', "the body is not JSON: "),
+        (b'{"\xff": 1}', "the body is not UTF-8: invalid start byte at byte 2"),
         (b'"\\ud800"', "the body is not JSON: no low surrogate"),
         (b"[" * 65 + b"]" * 65, "the body is nested more than 64 levels deep"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "the body is nested more than 64 levels deep"),
