@@ -95,9 +95,10 @@ def allowed_methods(scope: Scope) -> list[str]:
 
 def _dump(problem: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(problem, default=str, option=orjson.OPT_NON_STR_KEYS)
+        option = orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE
+        return orjson.dumps(problem, default=str, option=option)
     except (TypeError, orjson.JSONEncodeError):  # a lone surrogate that somebody quoted
-        return json.dumps(problem, default=str).encode()
+        return json.dumps(problem, default=str).encode() + b"\n"
 
 
 def _short(value: Any) -> str:

@@ -151,9 +151,9 @@ def _parts(value: Any) -> tuple[Any, ...]:
 
 
 def _kinds(value: Any) -> list[tuple[Any, ...]]:
-    """Return dtype and shape of the tensors in a group's value."""
+    """Return the type, dtype and shape of the tensors in a group's value."""
     tensors = [part for part in _parts(value) if isinstance(part, torch.Tensor)]
-    return [(str(tensor.dtype), *tensor.shape) for tensor in tensors]
+    return [(type(value), tensor.dtype, *tensor.shape) for tensor in tensors]
 
 
 def _leaves(state: Any, key: str = "") -> dict[str, list[torch.Tensor]]:
