@@ -865,6 +865,10 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
     ("PATCH", A, body({"accumulate": 0}), INVALID, "accumulate.steps must be >= 1, got 0"),
     ("PATCH", WINDOW, body({"accumulate": 5}), CONFLICT,
         "an accumulation window is open (1 of 3 gradients)"),
+    ("PATCH", A, body({}), INVALID, "the body is empty: name what is to change"),
+    ("PATCH", f"{A}/groups/0", body({}), INVALID, "the body is empty: name what is to change"),
+    ("PUT", f"{A}/metrics", body({"version": 1, "metrics": {}}), INVALID,
+        "metrics is empty: name what is to be noted"),
     # LBFGS
     ("PUT", NEW, create(optimizer="LBFGS", clip_grad_norm=1), INVALID,
         "clip_grad_norm cannot be used with LBFGS"),
@@ -896,6 +900,13 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "an LBFGS line search is open after 2 evaluations; send abandon: true to give it up"),
     ("PUT", f"{SEARCH}/state", raw(FRAME), SEARCH_OPEN,
         "an LBFGS line search is open after 2 evaluations; send abandon: true to give it up"),
+    ("PATCH", SEARCH, body({"nonfinite": "skip"}), SEARCH_OPEN,
+        "an LBFGS line search is open after 2 evaluations; send abandon: true to give it up"),
+    ("PUT", f"{SEARCH}/scheduler", scheduled("StepLR", step_size=1), SEARCH_OPEN,
+        "an LBFGS line search is open after 2 evaluations; send abandon: true to give it up"),
+    ("POST", f"{SEARCH}/groups", frame({"param/n": f4(1)}), INVALID, "LBFGS has one group only"),
+    ("DELETE", f"{SEARCH}?abandon=true", {}, INVALID,
+        "unknown query parameter 'abandon'; there are epoch, seq, worker"),
     # queries
     ("GET", f"{A}/params?wieghts=ema", {}, INVALID,
         "unknown query parameter 'wieghts'; there are dtype, encoding, names, weights"),
@@ -939,8 +950,10 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
     ("GET", f"{A}/history?limit=1.5", {}, INVALID,
         "query parameter limit: input should be a valid integer, unable to parse string as "
         "an integer, got '1.5'"),
-    ("DELETE", f"{A}?abandon=perhaps", {}, INVALID,
-        "unknown query parameter 'abandon'; there are epoch, seq, worker"),
+    ("DELETE", A, body({"force": True}), INVALID, "unknown field 'force'"),
+    ("PUT", f"{A}/state?abandon=perhaps", raw(FRAME), INVALID,
+        "query parameter abandon: input should be a valid boolean, unable to interpret "
+        "input, got 'perhaps'"),
     ("GET", "/healthz?x=1", {}, INVALID, "unknown query parameter 'x'; there are none here"),
     ("GET", "/version?verbose=1", {}, INVALID,
         "unknown query parameter 'verbose'; there are none here"),

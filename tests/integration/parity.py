@@ -131,12 +131,12 @@ class Local:
             ]
             groups = [group for group in groups if group["params"]]
         flag = {} if entry.impls == ("single",) else flags.get(impl, {})
-        hyper = {**entry.defaults, **hyper, **entry.fixed, **flag}
+        hyper = {**entry.defaults, **hyper, **entry.fixed}
         if inner := hyper.pop("optimizer", None):
-            groups = [torch.optim.AdamW(groups, lr=inner["lr"])]
-            self.optimizer = resolve(entry.source)(*groups, **hyper)
+            wrapped = torch.optim.AdamW(groups, lr=inner["lr"], **flags.get(impl, {}))
+            self.optimizer = resolve(entry.source)(wrapped, **hyper)
         else:
-            self.optimizer = resolve(entry.source)(groups, **hyper)
+            self.optimizer = resolve(entry.source)(groups, **hyper, **flag)
         if entry.eval_weights:
             self.optimizer.train()
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 4, 0.7)

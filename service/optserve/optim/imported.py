@@ -120,7 +120,11 @@ def _check_window(window: Window, engine: Engine) -> None:
 
 def _check_line_search(engine: Engine) -> None:
     search = engine.line_search
-    if search is None or not search.open:
+    if search is None:
+        return
+    if not isinstance(search.record, list):
+        raise Invalid(f"line_search must be a list of evaluations, got {search.record!r:.80}")
+    if not search.open:
         return
     if search.trial is None:
         raise Invalid("the state file has an open line search without the params to evaluate at")

@@ -34,7 +34,7 @@ class Operation(Protocol):
 
     def check(self, state: SessionState, abandon: bool) -> None: ...
 
-    def apply(self, state: SessionState, abandon: bool) -> Change: ...
+    def apply(self, state: SessionState) -> Change: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class SetParams:
         state.check_line_search(abandon)
         check_params(self.params, state)
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         state.end_line_search()
         tag = state.layout.dtype
         state.engine.params.fill({n: wire.widen(t, tag, n) for n, t in self.params.items()})
@@ -110,7 +110,7 @@ class Patch:
             recipe = configs.recipe({**state.config, **self.config})
             rehearsal.rehearse(recipe, state.layout)
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         if self._computes():
             state.end_line_search()
         state.patch(self.config)
@@ -143,7 +143,7 @@ class PatchGroup:
         )
         return normal
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         state.end_line_search()
         changes: list[dict[str, Any]] = [{} for _ in range(self.index)] + [self._normal(state)]
         state.engine.assign(changes)
@@ -190,7 +190,7 @@ class AddGroup:
             engine.scheduler.check_new_group()
         rehearsal.rehearse_group(engine, fields, self.params)
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         state.end_line_search()
         state.add_group(
             state.engine.entry.normalise_group(from_json(self.fields), "group"), self.params
@@ -217,7 +217,7 @@ class SetScheduler:
         state.check_line_search(abandon)
         rehearsal.rehearse(replace(state.engine.recipe, scheduler=self._checked()), state.layout)
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         state.end_line_search()
         spec = self._checked()
         state.set_scheduler(spec)
@@ -246,7 +246,7 @@ class AdvanceScheduler:
         scheduler.check_metrics(self.metrics)
         state.check_line_search(abandon)
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         state.end_line_search()
         moved = state.engine.advance_scheduler(self.metrics, self.recorded)
         return Change(
@@ -272,7 +272,7 @@ class PutMetrics:
         if not 0 <= self.version <= state.version:
             raise Invalid(f"version is {self.version}, the session has 0 to {state.version}")
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         state.add_metrics(self.version, self.metrics)
         request = {"version": self.version, "metrics": dict(self.metrics)}
         return Change(kind="metrics", moves=False, request=request)
@@ -294,7 +294,7 @@ class Import:
         frame = frames.decode(self.data)
         self.decoded.append((frame, *read_engine(frame, state.config["device"])))
 
-    def apply(self, state: SessionState, abandon: bool) -> Change:
+    def apply(self, state: SessionState) -> Change:
         if not self.decoded:
             frame = frames.decode(self.data)
             self.decoded.append((frame, *read_engine(frame, state.config["device"])))

@@ -101,7 +101,7 @@ def _apply(state: SessionState, event: Event) -> None:
         finally:
             step.buffer.release()
     elif (operation := operations.of_event(event)) is not None:
-        operation.apply(state, abandon=True)
+        operation.apply(state)
 
 
 def _changes(event: Event) -> list[dict[str, Any]]:

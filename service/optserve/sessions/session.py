@@ -217,7 +217,7 @@ class Session:
             operation.check(state, abandon)
             payload = write_frame(self._store, operation.frame) if operation.frame else None
             with self._changing():
-                change = operation.apply(state, abandon)
+                change = operation.apply(state)
                 scalars = self._commit(state, replace(change, payload=payload), identity)
             self._snapshots.write_if_due(state)
             return Reply(scalars=scalars)
