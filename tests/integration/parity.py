@@ -29,7 +29,7 @@ SHAPES: dict[str, Shapes] = {
     "no scalar": {"w.big": (257, 301), "vec": (7,), "w.tall": (33, 1)},
     "matrices": {"w.big": (257, 301), "vec": (19, 5), "w.tall": (33, 2)},
 }
-#: Those that refuse some of the odd shapes, and the first set that they take.
+#: Those that refuse some of the odd shapes, if only with one impl, and the first set they take.
 TAKES = {
     "Muon": "matrices",
     "SpectralSphere": "matrices",
@@ -37,6 +37,7 @@ TAKES = {
         ("Adafactor", "AdamP", "AvaGrad", "SCION", "SGDP", "SM3", "Shampoo", "StableSPAM"),
         "no empty",
     ),
+    "RACS-foreach": "no empty",
 }
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -51,6 +51,8 @@ def read_extra(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def write_extra(optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
     """Put back what :func:`read_extra` returned; call it before :func:`write_state`."""
+    if taken := {"state", "param_groups"} & extra.keys():
+        raise ValueError(f"extra holds {', '.join(sorted(taken))}, which have places of their own")
     if extra:
         inner = wrapped(optimizer) or optimizer
         inner.load_state_dict({**inner.state_dict(), **extra})
