@@ -19,7 +19,7 @@ import torch
 from optserve.optim import catalogue
 from optserve_client import wire
 from tests import local
-from tests.conftest import LONG
+from tests.conftest import LONG, Figure
 from tests.integration.parity import SHAPES, STEPS, TAKES, Cell, Local, Shapes, body, cells, resolve
 from tests.serving import ServerProcess
 
@@ -154,7 +154,8 @@ def test_lookahead_wraps_others_bit_equal(inner: str, http: httpx.Client) -> Non
         local.assert_equal(params_of(served, {"w": (31, 17)}), leaves)
 
 
-def test_the_table_holds_every_optimizer() -> None:
+def test_the_table_holds_every_optimizer(figure: Figure) -> None:
+    figure("parity: cells that were stepped", len(chosen()), f"of {len(list(cells()))}")
     tested = {cell.name for cell in cells()}
     apart = {e.name for e in catalogue.entries() if e.needs_loss or e.sparse == "only"}
     assert tested | apart == {entry.name for entry in catalogue.entries()}
