@@ -30,7 +30,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 #: Blocks of at least this size go back to the system as soon as they are freed.
 MMAP_BYTES = 8 << 20
 #: The heap is trimmed when this much is free at its end.
-TRIM_BYTES = 16 << 20
+TRIM_BYTES = 4 << 20
 
 
 class CannotListen(Exception):
