@@ -111,7 +111,7 @@ def exported(session: Session) -> bytes:
 
 def read_back(session: Session) -> bytes:
     """Return the state file of the session as its journal gives it back."""
-    session._state = session._published = None
+    session._held.drop()
     return exported(session)
 
 

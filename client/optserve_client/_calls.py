@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -262,15 +263,19 @@ def put_params(
     abandon: bool,
     dtype: str | None,
 ) -> Call[Json]:
-    etag = if_match.etag if isinstance(if_match, Params) else if_match
     return edit(
         session_id,
         "PUT",
         "params",
         given(abandon=abandon or None),
         tensors=param_tensors(values, dtype),
-        headers={} if etag is None else {"If-Match": etag},
+        headers=_condition(if_match),
     )
+
+
+def _condition(if_match: Params | str | None) -> dict[str, str]:
+    etag = if_match.etag if isinstance(if_match, Params) else if_match
+    return {} if etag is None else {"If-Match": etag}
 
 
 def edit(
@@ -313,9 +318,32 @@ def put_scheduler(session_id: str, scheduler: Any, abandon: bool) -> Call[Json]:
     return Call(draft=draft, read=scalars, changes=session_id)
 
 
+def rollback(
+    session_id: str, version: int, if_match: Params | str | None, abandon: bool
+) -> Call[Json]:
+    fields = given(version=version, abandon=abandon or None)
+    return edit(session_id, "POST", "rollback", fields, headers=_condition(if_match))
+
+
+def pin(session_id: str, version: int, name: str | None) -> Call[Json]:
+    return edit(session_id, "POST", f"versions/{_version(version)}/pin", given(name=name))
+
+
+def unpin(session_id: str, version: int) -> Call[Json]:
+    return edit(session_id, "DELETE", f"versions/{_version(version)}/pin", None)
+
+
+def _version(version: int) -> int:
+    """Return ``version``, which becomes a part of a path."""
+    try:
+        return operator.index(version)
+    except TypeError:
+        raise TypeError(f"version must be an integer, got {version!r:.80}") from None
+
+
 def delete(session_id: str) -> Call[None]:
     draft = Draft(method="DELETE", path=session_path(session_id))
-    return Call(draft=draft, read=_nothing, changes=session_id, done_already=404)
+    return Call(draft=draft, read=_nothing, changes=session_id, deletes=True)
 
 
 def export_state(session_id: str) -> Call[memoryview]:
@@ -361,9 +389,14 @@ def fork(session_id: str, fields: Json) -> Call[Json]:
 
 def history(session_id: str, after_version: int, limit: int) -> Call[list[Json]]:
     query = [("after", after_version), ("limit", limit)]
+    return get(session_path(session_id, "history"), _rows, query)
 
-    def read(answer: Answer) -> list[Json]:
-        rows: list[Json] = answer.scalars["rows"]
-        return rows
 
-    return get(session_path(session_id, "history"), read, query)
+def versions(session_id: str, after_version: int | None, limit: int) -> Call[list[Json]]:
+    query = [("after", after_version), ("limit", limit)]
+    return get(session_path(session_id, "versions"), _rows, query)
+
+
+def _rows(answer: Answer) -> list[Json]:
+    rows: list[Json] = answer.scalars["rows"]
+    return rows

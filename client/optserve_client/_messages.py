@@ -138,6 +138,14 @@ class Answer:
         except (errors.RequestError, ValueError, RecursionError) as exc:
             raise errors.ServerError(f"the answer cannot be read: {exc}") from exc
 
+    def fault(self) -> errors.ServerError | None:
+        """Return what is wrong with an answer that should be a success; None if it is whole."""
+        try:
+            whole = isinstance(self.scalars, dict)
+        except errors.ServerError as exc:
+            return exc
+        return None if whole else errors.ServerError("the answer cannot be read: it is no object")
+
     @property
     def scalars(self) -> Any:
         """Everything in the answer that is not a tensor, as parsed JSON."""

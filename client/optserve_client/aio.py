@@ -28,13 +28,13 @@ class AsyncClient:
         url: str = "http://127.0.0.1:8000",
         *,
         timeout: float = 60.0,
-        retries: int | Retry = 6,
+        retries: int | Retry | None = None,
         worker: str | None = None,
         epoch: int = 1,
         headers: Mapping[str, str] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
+        self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
         self._http = httpx.AsyncClient(**options(url, timeout, headers), transport=transport)
         self._server, self._timeout = place(url, transport), timeout
@@ -63,6 +63,7 @@ class AsyncClient:
         device: str | None = None,
         impl: Literal["auto", "fused", "foreach", "single"] | None = None,
         durability: Literal["always", "os", "memory"] | None = None,
+        ttl_s: float | None = None,
         name: str | None = None,
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
@@ -83,6 +84,7 @@ class AsyncClient:
             device=device,
             impl=impl,
             durability=durability,
+            ttl_s=ttl_s,
             name=name,
             notes=notes,
             tags=tags,
@@ -333,6 +335,20 @@ class AsyncSession:
 
     async def history(self, after_version: int = 0, limit: int = 1000) -> Sequence[Json]:
         return await self._client._run(_calls.history(self.id, after_version, limit))
+
+    async def versions(self, after_version: int | None = None, limit: int = 1000) -> Sequence[Json]:
+        return await self._client._run(_calls.versions(self.id, after_version, limit))
+
+    async def rollback(
+        self, version: int, *, if_match: Params | str | None = None, abandon: bool = False
+    ) -> Json:
+        return await self._client._run(_calls.rollback(self.id, version, if_match, abandon))
+
+    async def pin(self, version: int, name: str | None = None) -> Json:
+        return await self._client._run(_calls.pin(self.id, version, name))
+
+    async def unpin(self, version: int) -> Json:
+        return await self._client._run(_calls.unpin(self.id, version))
 
     async def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
         fields = {"version": version, "metrics": _calls.finite_metrics(metrics)}

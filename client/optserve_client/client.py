@@ -24,14 +24,15 @@ class Client:
     """A connection pool to one optserve server. Threads may share it; close it, or use ``with``.
 
     Every change carries ``worker``, ``epoch`` and a seq, so that sending it again is safe: what
-    fails on the way is sent again up to ``retries`` times, and applied once. Changes of one session
-    go out one at a time, in the order of the calls.
+    fails on the way, or at a server that was killed and starts again, is sent again for a minute,
+    and applied once. Changes of one session go out one at a time, in the order of the calls.
 
     Methods raise the classes of :mod:`optserve_client.errors`. A RequestError was refused and
-    changed nothing; ConnectFailed never reached the server. After any other TransportError or a
+    changed nothing, and so did Damaged and OutOfSpace; ConnectFailed never reached the server; the
+    sentence says so if an earlier attempt may have worked. After any other TransportError or
     ServerError it is not known whether the change happened: call the same method with the same
     arguments again, and it happens once. Any other change of that session first sends the open one
-    again.
+    again. After SessionRewound every change raises it again until :meth:`Session.resume`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Client:
         url: str = "http://127.0.0.1:8000",
         *,
         timeout: float = 60.0,
-        retries: int | Retry = 6,
+        retries: int | Retry | None = None,
         worker: str | None = None,
         epoch: int = 1,
         headers: Mapping[str, str] | None = None,
@@ -50,14 +51,15 @@ class Client:
         Args:
             url: Of the server.
             timeout: Seconds to wait for a connection, and for each part of an answer.
-            retries: How often a request that failed is sent again, or all about it.
+            retries: How often a request that failed is sent again, or all about it; by default as
+                often as a minute allows.
             worker: Who sends; by default a random name, so that a program that starts again never
                 meets its own old numbers. One that names its worker does: see Session.resume.
             epoch: Of that worker.
             headers: Sent with every request.
             transport: An httpx transport, for example to a Unix domain socket.
         """
-        self._retry = retries if isinstance(retries, Retry) else Retry(retries=retries)
+        self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, threading.Lock)
         self._http = httpx.Client(**options(url, timeout, headers), transport=transport)
         self._server, self._timeout = place(url, transport), timeout
@@ -87,6 +89,7 @@ class Client:
         device: str | None = None,
         impl: Literal["auto", "fused", "foreach", "single"] | None = None,
         durability: Literal["always", "os", "memory"] | None = None,
+        ttl_s: float | None = None,
         name: str | None = None,
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
@@ -118,6 +121,7 @@ class Client:
             device=device,
             impl=impl,
             durability=durability,
+            ttl_s=ttl_s,
             name=name,
             notes=notes,
             tags=tags,

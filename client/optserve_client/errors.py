@@ -31,7 +31,9 @@ them back.
     │       └── TorchRefused            422 torch_refused
     ├── ServerError                     the server could not; the same request may be sent again
     │   ├── Internal                    500 internal
-    │   └── Unavailable                 503 unavailable
+    │   ├── Damaged                     500 damaged
+    │   ├── Unavailable                 503 unavailable
+    │   └── OutOfSpace                  507 out_of_space
     └── TransportError                  client only: no complete answer came back
         ├── ConnectFailed
         └── Timeout
@@ -243,6 +245,20 @@ class Unavailable(ServerError):
 
     code = "unavailable"
     status = 503
+
+
+class Damaged(ServerError):
+    """What the server stored of this session cannot be read back; repeating does not help."""
+
+    code = "damaged"
+    status = 500
+
+
+class OutOfSpace(ServerError):
+    """The server's disk is full: nothing was applied, and reading goes on."""
+
+    code = "out_of_space"
+    status = 507
 
 
 class TransportError(OptserveError):

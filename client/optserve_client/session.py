@@ -118,7 +118,7 @@ class Session:
         return self._client._run(_calls.import_state(self.id, frame, abandon))
 
     def patch(self, *, abandon: bool = False, **fields: Any) -> Json:
-        """Change clip_grad_norm, accumulate, nonfinite, name, notes, tags and the like.
+        """Change clip_grad_norm, accumulate, nonfinite, durability, ttl_s, name, tags and the like.
 
         ``abandon``, here and below: give up an open LBFGS line search first.
         """
@@ -175,6 +175,31 @@ class Session:
         """Return lr, loss, grad_norm and metrics of the versions after ``after_version``."""
         return self._client._run(_calls.history(self.id, after_version, limit))
 
+    def versions(self, after_version: int | None = None, limit: int = 1000) -> Sequence[Json]:
+        """Return the versions that :meth:`rollback` and :meth:`fork` can go to, oldest first.
+
+        ``version``, ``updates``, ``kind``, ``time``, whether there is a ``snapshot``, and the name
+        of its ``pin``; only those above ``after_version``.
+        """
+        return self._client._run(_calls.versions(self.id, after_version, limit))
+
+    def rollback(
+        self, version: int, *, if_match: Params | str | None = None, abandon: bool = False
+    ) -> Json:
+        """Make a new version whose whole state is that of an earlier one.
+
+        ``if_match``: params (or their ETag) that must still be current, else PreconditionFailed.
+        """
+        return self._client._run(_calls.rollback(self.id, version, if_match, abandon))
+
+    def pin(self, version: int, name: str | None = None) -> Json:
+        """Keep a version until it is unpinned, under a name (``v<version>`` by default)."""
+        return self._client._run(_calls.pin(self.id, version, name))
+
+    def unpin(self, version: int) -> Json:
+        """Let a pinned version go as any other of its age."""
+        return self._client._run(_calls.unpin(self.id, version))
+
     def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
         """Add named values to a version that came out earlier; not those that are not finite."""
         fields = {"version": version, "metrics": _calls.finite_metrics(metrics)}
@@ -183,7 +208,8 @@ class Session:
     def resume(self) -> None:
         """Go on after SessionRewound or OutOfSequence, or give up a change that stays open.
 
-        The next change follows the last one that the server remembers. What it forgot is gone.
+        The next change follows the last one that the server remembers. What it forgot is gone, so
+        pull the params first: they are those of an earlier version.
         """
         self._client._lanes.resume(self.id)
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -103,11 +104,15 @@ def is_private(sock: socket.socket) -> bool:
     return sock.family == socket.AF_UNIX or ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
+#: How often a stopping server looks whether its last change is answered.
+DRAIN_LOOK_S = 0.02
+
+
 class Server(uvicorn.Server):
     """uvicorn, except that it warms up after binding and that a signal is an orderly exit.
 
-    The first SIGTERM or SIGINT stops accepting, lets open requests finish for ``drain_s`` and exits
-    with 0; the second one exits at once.
+    After the first SIGTERM or SIGINT new changes are refused with 503, those under way finish
+    within ``drain_s``, and the process exits with 0; the second one exits at once.
     """
 
     def __init__(self, app: Any, settings: Settings, warm: Callable[[], str]) -> None:
@@ -124,9 +129,16 @@ class Server(uvicorn.Server):
                 server_header=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=settings.keep_alive_s,
-                timeout_graceful_shutdown=settings.drain_s,
+                # What is still open after the drain are pulls, and bodies that stopped coming.
+                timeout_graceful_shutdown=1,
             )
         )
+        self._app = app
+        self._drain_s = settings.drain_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        #: When the stop should be over, on the monotonic clock; None: nobody asked for it.
+        self.stop_by: float | None = None
+        self._draining: asyncio.Task[None] | None = None
         #: Blocks until the first request would be as fast as the hundredth; returns the ready line.
         self._warm = warm
         self._warming: asyncio.Task[None] | None = None
@@ -134,6 +146,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
         self._warming = asyncio.create_task(self._announce())
 
     async def _announce(self) -> None:
@@ -156,9 +169,25 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self.stop_by is not None:
             # Nothing that was acknowledged depends on an orderly exit.
             os._exit(128 + sig)
+        self.stop_by = time.monotonic() + self._drain_s
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+
+    def _begin_drain(self) -> None:
+        self._app.state.drain.begun = True
+        self._app.state.registry.draining = True
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Leave once every change that had begun is answered, or when time is over."""
+        assert self.stop_by is not None
+        while self._app.state.drain.open and time.monotonic() < self.stop_by:
+            await asyncio.sleep(DRAIN_LOOK_S)
         self.should_exit = True
 
 
@@ -176,8 +205,17 @@ def return_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
 
 
-def serve(app: Any, sock: socket.socket, settings: Settings, warm: Callable[[], str]) -> int:
-    """Serve ``app`` on ``sock`` until a signal comes; return the exit status."""
+def serve(
+    app: Any,
+    sock: socket.socket,
+    settings: Settings,
+    warm: Callable[[], str],
+    finish: Callable[[float], None],
+) -> int:
+    """Serve ``app`` on ``sock`` until a signal comes; return the exit status.
+
+    At the end ``finish`` is called with the seconds that are left of ``drain_s``, at least one.
+    """
     if not is_private(sock):
         log.warning(
             "this address can be reached from other machines and there is no authentication yet",
@@ -189,5 +227,7 @@ def serve(app: Any, sock: socket.socket, settings: Settings, warm: Callable[[], 
         server.run(sockets=[sock])
     finally:
         close(sock, settings)
+        left_s = server.stop_by - time.monotonic() if server.stop_by else settings.drain_s
+        finish(max(left_s, 1.0))
     sys.stdout.flush()
     return 0 if server.failure is None else 1

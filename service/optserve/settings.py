@@ -6,11 +6,13 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from optserve.memory_budget import parse_bytes
 from optserve.sessions.fields import say, shown
 
 PREFIX = "OPTSERVE_"
@@ -22,16 +24,89 @@ THREADS_PER_CPU = 4
 #: service named optserve.
 _FOREIGN = re.compile(r"TORCH_INDEX|SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+|(DEMO|TEST)_\w+")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_STORE = re.compile(r"memory|sqlite:///.+|postgresql\+psycopg://.+")
+#: A password as a parameter of a URL.
+_PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class Settings(BaseSettings):
-    """The settings of one server; a field's description is what ``--help`` says."""
+def masked(url: str) -> str:
+    """Return a store's URL without its password: what may be logged and shown.
+
+    A password may hold an @ or a / that nobody escaped, so everything up to the last @ counts.
+    """
+    login, at, place = url.rpartition("@")
+    if at:
+        scheme, slashes, user = login.partition("://")
+        user, colon, _ = user.partition(":")
+        shown_login = f"{scheme}{slashes}{user}{':***' if colon else ''}" if slashes else "***"
+        url = f"{shown_login}@{place}"
+    return _PASSWORD.sub(r"\1***", url)
+
+
+class StoreSettings(BaseSettings):
+    """Where sessions are kept; a field's description is what ``--help`` says."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
     )
+
+    data_dir: Path | None = Field(
+        None,
+        description="Directory of the database and of large tensors; unset, optserve in the "
+        "user's data directory.",
+    )
+    store: str | None = Field(
+        None,
+        repr=False,
+        description="Database instead of SQLite in the data directory: sqlite:///PATH, "
+        "postgresql+psycopg://USER@HOST/NAME, or memory, which keeps nothing.",
+    )
+    files: Path | None = Field(
+        None,
+        description="Directory of large tensors; unset, the data directory, or with PostgreSQL "
+        "the database.",
+    )
+
+    @field_validator("data_dir", "files", mode="before")
+    @classmethod
+    def _path_is_whole(cls, value: Any) -> Any:
+        if value == "":  # a shell variable that was not set
+            raise ValueError("must be a path, got ''")
+        return None if value is None else Path(os.path.abspath(Path(value).expanduser()))
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_known(cls, value: str | None) -> str | None:
+        if value is not None and not _STORE.fullmatch(value):
+            raise ValueError(
+                "must be memory, sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME, "
+                f"got {shown(masked(value))}"
+            )
+        return value
+
+    @property
+    def directory(self) -> Path:
+        """The data directory."""
+        if self.data_dir is not None:
+            return self.data_dir
+        import platformdirs
+
+        return platformdirs.user_data_path("optserve", appauthor=False)
+
+    @property
+    def place(self) -> str:
+        """Where sessions are kept, as it may be shown."""
+        return str(self.directory) if self.store is None else masked(self.store)
+
+
+class Settings(StoreSettings):
+    """The settings of one server."""
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
@@ -48,6 +123,20 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         "auto", description="Where sessions live that do not say: auto, cpu, cuda or cuda:N."
+    )
+    memory_budget: int | None = Field(
+        None,
+        ge=1,
+        description="Bytes of memory for sessions, such as 512MiB or 8GB; idle ones beyond it are "
+        "put away. Unset, half of what the machine or container has: the other half is for bodies "
+        "and replies under way, torch and the page cache.",
+    )
+    session_ttl: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without a request after which a session that does not say is "
+        "deleted; unset, never.",
     )
     log_level: LogLevel = Field(
         "info", description="Least severe message that is logged: debug, info, warning or error."
@@ -79,6 +168,18 @@ class Settings(BaseSettings):
                 "(enableServiceLinks: false), or give --port"
             )
         return value
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _budget_has_a_unit(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if (nbytes := parse_bytes(value)) is None:
+            raise ValueError(
+                "must be bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, "
+                f"got {shown(value)}"
+            )
+        return nbytes
 
     @field_validator("threads")
     @classmethod

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optserve.sessions import replay as replay_module
+from optserve.sessions import snapshots
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from optserve_client.errors import (
     Conflict,
-    Internal,
+    Damaged,
     Invalid,
     KeyReused,
     OptserveError,
@@ -103,15 +103,14 @@ def test_any_history_reads_back_bit_for_bit(names: list[str], advance: str) -> N
 def test_a_snapshot_and_the_events_after_it_read_back_the_same(
     made: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay_module, "SNAPSHOT_EVENTS", 4)
+    monkeypatch.setattr(snapshots, "REPLAY_EVENTS", 4)
     session = create(made, _rich("step", accumulate=2), arrays(1))
     for i in range(15):
         step(session, arrays(i), Identity(worker="w", seq=i + 1, digest=bytes([i])), loss=1.0)
-        assert made.store.latest_snapshot(session.key) is not None or i < 4
+        session._held.snapshots.wait()
+        assert made.store.snapshots(session.key) or i < 4
         assert read_back(session) == exported(session)
-    kept = made.store.latest_snapshot(session.key)
-    assert kept is not None
-    assert kept[0] >= 12
+    assert [row.lsn for row in made.store.snapshots(session.key)] == [9, 13]
 
 
 def test_replay_evaluates_no_expression_again(
@@ -185,10 +184,10 @@ def test_a_session_that_cannot_be_read_back_can_still_be_deleted(
     made: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = create(made, _rich("step"), arrays(1))
-    session._state = None
+    session._held.drop()
     with monkeypatch.context() as broken:
-        broken.setattr("optserve.sessions.session.replay", lambda *_: 1 / 0)
-        with pytest.raises(Internal, match="'a' cannot be read back"):
+        broken.setattr("optserve.sessions.recovery.replay", lambda *_, **__: 1 / 0)
+        with pytest.raises(Damaged, match="'a' cannot be read back"):
             session.status().result(10)
         made.delete("default", "a", NOBODY).result(10)
     create(made, _rich("step"), arrays(1))

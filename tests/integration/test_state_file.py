@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from optserve.optim import catalogue
-from optserve.sessions import replay
+from optserve.sessions import snapshots
 from optserve.sessions.ledger import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
@@ -72,7 +72,7 @@ def test_an_imported_session_goes_on_bit_for_bit(
 def test_a_snapshot_holds_all_that_an_optimizer_keeps(
     registry: Registry, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "SNAPSHOT_EVENTS", 4)
+    monkeypatch.setattr(snapshots, "REPLAY_EVENTS", 4)
     session = create(registry, {"optimizer": name}, arrays(0, SHAPES))
     train(session, 1, 6)
     live = exported(session)
@@ -86,7 +86,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_fail_the_step(
     def full(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(replay, "SNAPSHOT_EVENTS", 2)
+    monkeypatch.setattr(snapshots, "REPLAY_EVENTS", 2)
     monkeypatch.setattr(registry.store, "snapshot", full)
     session = create(registry, {"optimizer": "AdamW"}, arrays(0, SHAPES))
     train(session, 1, 5)
@@ -98,7 +98,7 @@ def test_a_ledger_larger_than_any_header_is_exported_with_the_session(registry: 
     session = create(registry, {"optimizer": "AdamW"}, arrays(0, SHAPES))
     identity = Identity(key="the-key", digest=b"0123456789abcdef")
     step(session, arrays(1, SHAPES), identity)
-    state = session._state
+    state = session._held._state
     assert state is not None
     for i in range(200):
         state.ledger.commit(

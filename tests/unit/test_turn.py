@@ -8,10 +8,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
+from functools import partial
 
 import pytest
 
-from optserve.sessions.turn import Executor, Turn
+from optserve.sessions.turn import Executor, Turn, Waiting
 from optserve_client.errors import Unavailable
 
 
@@ -243,3 +244,117 @@ def test_a_failed_job_keeps_nothing_alive(executor: Executor) -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+# --- jobs that wait ------------------------------------------------------------------------------
+
+
+def test_a_job_that_waits_holds_its_turn_and_no_thread(executor: Executor) -> None:
+    waited: list[Future[int]] = [Future(), Future(), Future()]
+    turns = [executor.turn() for _ in waited]
+
+    def job(i: int) -> Waiting[int]:
+        return (yield waited[i]) + 1
+
+    begun = [turn.run(partial(job, i)) for i, turn in enumerate(turns)]
+    after = turns[0].run(lambda: "after")
+    assert executor.turn().run(lambda: "free").result(5) == "free"  # three wait, two threads
+    assert turns[0].busy
+    assert not after.done()
+    for future in waited:
+        future.set_result(41)
+    assert [future.result(5) for future in begun] == [42, 42, 42]
+    assert after.result(5) == "after"
+
+
+def test_a_job_is_told_what_it_waited_for_failed_with(executor: Executor) -> None:
+    waited: Future[int] = Future()
+
+    def job() -> Waiting[str]:
+        try:
+            yield waited
+        except OSError as exc:
+            return f"caught {exc}"
+        return "nothing"
+
+    future = executor.turn().run(job)
+    waited.set_exception(OSError("no"))
+    assert future.result(5) == "caught no"
+
+
+def test_a_job_does_not_wait_for_what_has_ended(executor: Executor) -> None:
+    ended: Future[int] = Future()
+    ended.set_result(1)
+    threads: list[int] = []
+
+    def job() -> Waiting[None]:
+        for _ in range(3):
+            threads.append(threading.get_ident())
+            yield ended
+
+    executor.turn().run(job).result(5)
+    assert len(set(threads)) == 1
+
+
+def test_a_job_that_fails_after_a_wait_fails_its_future_and_the_turn_goes_on(
+    executor: Executor,
+) -> None:
+    waited: Future[None] = Future()
+
+    def job() -> Waiting[None]:
+        yield waited
+        raise ValueError("no")
+
+    turn = executor.turn()
+    failed, after = turn.run(job), turn.run(lambda: "on")
+    waited.set_result(None)
+    with pytest.raises(ValueError, match="no"):
+        failed.result(5)
+    assert after.result(5) == "on"
+
+
+def test_close_lets_a_waiting_job_end() -> None:
+    executor, waited = Executor(1), Future[str]()
+    entered = threading.Event()
+
+    def job() -> Waiting[str]:
+        entered.set()
+        return (yield waited)
+
+    turn = executor.turn()
+    future = turn.run(job)
+    assert entered.wait(5)
+    closing = threading.Thread(target=executor.close)
+    closing.start()
+    waited.set_result("committed")
+    assert future.result(5) == "committed"
+    closing.join(5)
+    assert not closing.is_alive()
+    with pytest.raises(Unavailable):
+        turn.run(lambda: None)
+
+
+def test_run_if_idle_runs_here_or_not_at_all(executor: Executor) -> None:
+    turn, ran = executor.turn(), []
+    assert turn.run_if_idle(lambda: ran.append(threading.get_ident()))
+    assert ran == [threading.get_ident()]
+    gate = Gate(turn)
+    assert not turn.run_if_idle(lambda: ran.append(0))
+    gate.open()
+    assert turn.run(lambda: "on").result(5) == "on"
+    assert len(ran) == 1
+
+
+def test_jobs_that_came_during_run_if_idle_run_after_it(executor: Executor) -> None:
+    turn, order = executor.turn(), []
+
+    def here() -> None:
+        later = turn.run(lambda: order.append("later"))
+        assert not later.done()
+        order.append("here")
+
+    with pytest.raises(KeyError):
+        turn.run_if_idle(lambda: {}["no"])
+    turn.run_if_idle(here)
+    turn.run(lambda: None).result(5)
+    assert order == ["here", "later"]

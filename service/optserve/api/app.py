@@ -23,7 +23,9 @@ from optserve.api import (
     sessions,
     state,
     step,
+    versions,
 )
+from optserve.api.draining import Drain
 from optserve.api.edge import Edge
 from optserve.sessions.registry import Registry
 from optserve.settings import Settings
@@ -37,6 +39,7 @@ MODULES = (
     groups,
     scheduler,
     history,
+    versions,
     state,
     catalogue,
     docs_page,
@@ -45,6 +48,7 @@ MODULES = (
 
 def create_app(registry: Registry, settings: Settings) -> FastAPI:
     """Return the app that serves ``registry``. It closes nothing: the caller owns the registry."""
+    drain = Drain()
     app = FastAPI(
         title="optserve",
         version=__version__,
@@ -54,11 +58,12 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Edge)],
+        middleware=[Middleware(Edge, drain=drain)],
         exception_handlers={HTTPException: _to_edge, RequestValidationError: _to_edge},
         separate_input_output_schemas=False,
     )
     app.state.registry = registry
+    app.state.drain = drain
     app.state.settings = settings
     for module in MODULES:
         # Not include_router, which would put a second lookup before each request.

@@ -8,6 +8,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from optserve.api.draining import Drain
 from optserve.api.problems import problem_response
 from optserve_client.errors import Unavailable
 
@@ -25,8 +26,9 @@ STOPPING = "the server stops before this was answered; repeat the request to lea
 class Edge:
     """Run ``app``; answer what it raises; never leave half a request body on a kept connection."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, drain: Drain | None = None) -> None:
         self.app = app
+        self.drain = drain or Drain()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,7 +38,8 @@ class Edge:
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         try:
-            await self.app(scope, exchange.receive, exchange.send)
+            with self.drain.change(scope["method"]):
+                await self.app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             log.debug("client went away", path=scope["path"])
         except asyncio.CancelledError:  # the server stops and waited long enough

@@ -12,7 +12,7 @@ from optserve.api.decode import Claim, read_request
 from optserve.api.openapi import BINARY, operation
 from optserve.api.replies import encode_reply
 from optserve.api.routing import Media, SessionId, router, session_of
-from optserve.api.waiting import done
+from optserve.api.waiting import done, loaded
 from optserve.sessions.operations import AddGroup, PatchGroup
 from optserve_client.errors import (
     Conflict,
@@ -67,6 +67,7 @@ async def add_group(
     """torch's `add_param_group`: new names at the end of the session's order."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "groups", ("json", "safetensors"))
+    await loaded(session)
     params = await incoming.take_params(session.layout.dtype)
     abandon = incoming.take_flag("abandon")
     change = AddGroup(fields=incoming.fields, params=params or {})

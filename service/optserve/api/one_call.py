@@ -21,7 +21,7 @@ from optserve.api.decode import (
 )
 from optserve.api.json_text import loads_object
 from optserve.api.routing import TENANT, registry_of
-from optserve.api.waiting import done, off_loop
+from optserve.api.waiting import done, loaded, off_loop
 from optserve.sessions import config as configs
 from optserve.sessions.fields import StepFields
 from optserve.sessions.ledger import Identity
@@ -67,7 +67,7 @@ class _Call:
         create = {key: body.pop(key) for key in list(body) if key in _CREATE_FIELDS}
         return cls(session_id=session_id, create=create, step=body)
 
-    def find(self, registry: Registry) -> Session | None:
+    async def find(self, registry: Registry) -> Session | None:
         """Return the session if it is there and is what the create fields say."""
         try:
             session = registry.get(TENANT, self.session_id)
@@ -77,6 +77,7 @@ class _Call:
                     f"{exc.detail}; with optimizer and params it is created"
                 ) from exc
             return None
+        await loaded(session)
         if self.create is not None:
             registry.check_same(session, self.create)
         return session
@@ -122,7 +123,7 @@ async def _from_json(request: Request, made: list[Session]) -> FirstUse:
     body = await off_loop(len(raw), loads_object, raw)
     digest = await off_loop(len(raw), digest_of, request, "step", raw)
     call, registry = _Call.of(body), registry_of(request)
-    session = call.find(registry)
+    session = await call.find(registry)
     if session is None:
         given, create = call.step.get("params"), call.create or {}
         tag = list_dtype(create)
@@ -141,7 +142,7 @@ async def _from_frame(request: Request, made: list[Session]) -> FirstUse:
     header, begun = await _read_header(chunks)
     call, registry = _Call.of(frame_fields(header.metadata)), registry_of(request)
     metadata = {META_KEY: orjson.dumps(call.step).decode()}
-    session = call.find(registry)
+    session = await call.find(registry)
     feed: AsyncIterator[bytes | memoryview]
     if session is not None:
         infos = ((info.name, info.dtype, info.shape) for info in header.tensors)

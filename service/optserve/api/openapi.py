@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from optserve.api import reply_schemas, schemas
 from optserve.api.schemas import ref
 from optserve.sessions.ledger import KEY_LENGTH
-from optserve_client.errors import OptserveError
+from optserve_client.errors import Damaged, OptserveError, OutOfSpace, Unavailable
 from optserve_client.wire import SAFETENSORS
 
 DESCRIPTION = """Keeps optimizer state: post gradients, get updated parameters.
@@ -32,6 +32,7 @@ TAGS = [
     {"name": "groups", "description": "Hyperparameters of torch's param_groups."},
     {"name": "scheduler", "description": "Learning-rate schedules."},
     {"name": "history", "description": "What happened, version by version."},
+    {"name": "versions", "description": "Go back, and keep what to go back to."},
     {"name": "state", "description": "A session as one file."},
     {"name": "catalogue", "description": "Optimizers and schedulers there are."},
     {"name": "operations", "description": "For load balancers and scripts."},
@@ -121,6 +122,21 @@ def _by_status(errors: Iterable[type[OptserveError]]) -> dict[int, list[str]]:
     return grouped
 
 
+def _add_failures(paths: Mapping[str, Mapping[str, Any]]) -> None:
+    """Document what every route of sessions can meet: a stopping server, a disk that is full or
+    that lost something."""
+    for path, operations in paths.items():
+        for method, said in operations.items():
+            failures: list[type[OptserveError]] = []
+            if "{session_id}" in path or path.endswith("/step"):
+                failures += [Damaged]
+            if method != "get" and not path.startswith("/v1/schedulers"):
+                failures += [Unavailable, OutOfSpace]
+            for code, codes in _by_status(failures).items():
+                described = {"description": " or ".join(codes), "content": _PROBLEM}
+                said["responses"].setdefault(str(code), described)
+
+
 def components() -> dict[str, Any]:
     """Return all schemas by name."""
     return {
@@ -146,6 +162,7 @@ def install(app: FastAPI) -> None:
                 tags=TAGS,
             )
             made["components"] = {"schemas": components()}
+            _add_failures(made["paths"])
             app.openapi_schema = made
         return app.openapi_schema
 

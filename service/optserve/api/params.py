@@ -13,7 +13,7 @@ from optserve.api.negotiation import matches
 from optserve.api.openapi import BINARY, operation
 from optserve.api.replies import Encoding, encode_params, encode_reply
 from optserve.api.routing import Media, SessionId, router, session_of
-from optserve.api.waiting import done
+from optserve.api.waiting import done, loaded
 from optserve.optim.layout import Layout
 from optserve.sessions.operations import SetParams
 from optserve_client import wire
@@ -107,6 +107,7 @@ async def put_params(
 ) -> Response:
     """All of them, in the session's shapes; a dtype that would be rounded is refused."""
     session = session_of(request, session_id)
+    await loaded(session)
     incoming = await read_request(request, claim, "params", ("json", "safetensors"))
     params = await incoming.take_params(session.layout.dtype, session.layout)
     abandon = incoming.take_flag("abandon")

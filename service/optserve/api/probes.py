@@ -21,14 +21,18 @@ FEATURES = [
     "base64",
     "catalogue",
     "dry_run",
+    "durability",
     "exactly_once",
     "fork",
     "history",
     "lbfgs",
+    "pins",
+    "rollback",
     "safetensors",
     "schedulers",
     "sparse",
     "state",
+    "versions",
 ]
 
 routes = router("operations")
@@ -42,8 +46,12 @@ async def get_healthz() -> Response:
 
 @routes.get("/readyz", **operation("Will requests be fast?", reply="Status", errors=[Unavailable]))
 async def get_readyz(request: Request) -> Response:
-    """503 until torch is loaded and warm: the first optimizer costs a second or more."""
-    if not registry_of(request).ready:
+    """503 until torch is loaded and warm: the first optimizer costs a second or more. 503 again when
+    the server was told to stop."""
+    registry = registry_of(request)
+    if registry.draining:
+        raise Unavailable("the server stops: it finishes what it has and takes nothing new")
+    if not registry.ready:
         raise Unavailable("the server is starting: torch is not warm yet")
     return json_response({"status": "ready"})
 

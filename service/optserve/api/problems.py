@@ -18,16 +18,17 @@ from optserve_client import errors
 log = structlog.get_logger(__name__)
 
 PROBLEM = "application/problem+json"
-#: Seconds after which a request that got a 503 may come again.
-RETRY_AFTER_S = 1
+#: Seconds after which a request may come again that could not be served now, by status. A disk is
+#: not emptied in a moment.
+RETRY_AFTER_S = {503: 1, 507: 5}
 
 
 def problem_response(scope: Scope, exc: Exception) -> Response:
     """Return the answer to the request ``scope`` that ended in ``exc``."""
     error = as_optserve_error(scope, exc)
     headers = {}
-    if error.status == 503:
-        headers["retry-after"] = str(error.extra.get("retry_after", RETRY_AFTER_S))
+    if (after := RETRY_AFTER_S.get(error.status)) is not None:
+        headers["retry-after"] = str(error.extra.get("retry_after", after))
     if allow := error.extra.get("allow"):
         headers["allow"] = ", ".join(allow)
     return Response(_dump(error.problem()), error.status, headers, PROBLEM)
@@ -38,6 +39,8 @@ def as_optserve_error(scope: Scope, exc: Exception) -> errors.OptserveError:
     if isinstance(exc, errors.RequestError | errors.ServerError):
         if exc.status == 500:
             log.error("request failed", path=scope["path"], detail=exc.detail, exc_info=exc)
+        elif exc.status == 507:  # one after the other until somebody makes room
+            log.error("no space", path=scope["path"], detail=exc.detail)
         return exc
     if isinstance(exc, RequestValidationError):
         return _invalid(exc)

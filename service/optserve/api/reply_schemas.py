@@ -19,6 +19,11 @@ from optserve_client.errors import RequestError, ServerError, tree
 
 Members = dict[str, Schema]
 
+DURABILITY: Schema = {
+    "enum": ["always", "os", "memory"],
+    "description": "What an answered change survives: always, a power loss; os, a kill of the "
+    "server; memory, neither.",
+}
 _TIME: Schema = {"type": "number", "description": "Unix seconds."}
 
 _COUNTERS: Members = {
@@ -31,7 +36,7 @@ _COUNTERS: Members = {
     },
     "updates": COUNT,
     "duplicate": BOOLEAN,
-    "durability": {"enum": ["always", "os", "memory"]},
+    "durability": DURABILITY,
 }
 _SUMMARY: Members = {
     "id": STRING,
@@ -43,7 +48,7 @@ _SUMMARY: Members = {
     "updates": COUNT,
     "numel": COUNT,
     "dtype": STRING,
-    "durability": STRING,
+    "durability": DURABILITY,
     "created_at": _TIME,
     "updated_at": _TIME,
 }
@@ -52,9 +57,19 @@ _SCHEDULER_LINE: Members = {
     "last_epoch": {"type": "integer"},
     "next_lr": a_list(NUMBER),
 }
+_RECOVERY: Schema = an_object(
+    {"bit_exact": BOOLEAN, "reason": nullable(STRING)},
+    ["bit_exact", "reason"],
+    "Whether the state is bit for bit what it was before the server restarted; if not, why.",
+)
 _STATUS: Members = {
     **_SUMMARY,
     "notes": nullable(STRING),
+    "ttl_s": {
+        **nullable({"type": "number", "exclusiveMinimum": 0}),
+        "description": "Seconds without use after which the session is deleted.",
+    },
+    "recovery": _RECOVERY,
     "config": {"type": "object", "description": "Normalised."},
     "torch": {**STRING, "description": "The line of torch to compare with."},
     "impl": STRING,
@@ -90,6 +105,15 @@ _ROW: Members = {
     "grad_norm": nullable(NUMBER),
     "metrics": by_name(NUMBER),
 }
+_REACHABLE: Members = {
+    "version": COUNT,
+    "updates": nullable(COUNT),
+    "kind": {**nullable(STRING), "description": "What made it, if that is still known."},
+    "time": _TIME,
+    "snapshot": BOOLEAN,
+    "pin": {**nullable(STRING), "description": "The name under which it is kept."},
+}
+_PINNED: Members = {"version": COUNT, "pin": nullable(STRING)}
 _ENTRY: Members = {
     "name": STRING,
     "source": STRING,
@@ -126,6 +150,7 @@ REPLIES: dict[str, Schema] = {
             **_COUNTERS,
             "groups": a_list(HYPER),
             "scheduler": nullable(an_object(_SCHEDULER_LINE)),
+            "pinned": _all(_PINNED),
         },
         _COUNTERS,
     ),
@@ -149,6 +174,10 @@ REPLIES: dict[str, Schema] = {
     "HistoryRow": _all(_ROW),
     "History": _all(
         {"id": STRING, "rows": a_list(ref("HistoryRow")), "next_after": nullable(COUNT)}
+    ),
+    "VersionRow": _all(_REACHABLE),
+    "Versions": _all(
+        {"id": STRING, "rows": a_list(ref("VersionRow")), "next_after": nullable(COUNT)}
     ),
     "OptimizerEntry": _all(_ENTRY),
     "Optimizers": _all({"optimizers": a_list(ref("OptimizerEntry"))}),

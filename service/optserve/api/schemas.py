@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from optserve.sessions.config import Adjustable, CreateFields, ForkFields
+from optserve.sessions.config import CreateFields, ForkFields, PatchFields
 from optserve.sessions.fields import StepFields
 
 Schema = dict[str, Any]
@@ -58,6 +58,7 @@ _SENDER: dict[str, Schema] = {
     "epoch": {"type": "integer", "minimum": 1},
     "seq": {"type": "integer", "minimum": 1},
 }
+_PIN: Schema = {"type": "string", "minLength": 1, "maxLength": 128}
 _ABANDON: dict[str, Schema] = {
     "abandon": {**BOOLEAN, "description": "Give up an open LBFGS line search."}
 }
@@ -158,6 +159,8 @@ EXAMPLES: dict[str, Any] = {
     "GroupBody": {"lr": 0.01},
     "AddGroupBody": {"params": {"v": [0.5]}, "lr": 0.01},
     "MetricsBody": {"version": 0, "metrics": {"accuracy": 0.9}},
+    "RollbackBody": {"version": 0},
+    "PinBody": {"name": "before the sweep"},
     "PreviewBody": {
         "optimizer": {"name": "SGD", "lr": 0.1},
         "scheduler": {"name": "StepLR", "step_size": 3},
@@ -195,7 +198,7 @@ def requests() -> dict[str, Schema]:
         "CreateBody": create,
         "StepBody": step,
         "OneCallBody": one_call,
-        "PatchBody": of_model(Adjustable, {**accumulate, **_SENDER}),
+        "PatchBody": of_model(PatchFields, {**accumulate, **_SENDER}),
         "ForkBody": of_model(ForkFields, _SENDER),
         "PutParamsBody": an_object({**params, **_ABANDON, **_SENDER}, ["params"]),
         "GroupBody": {**an_object({**_ABANDON, **_SENDER}), "examples": [{"lr": 0.01}]},
@@ -205,6 +208,8 @@ def requests() -> dict[str, Schema]:
             {"version": COUNT, "metrics": by_name({"type": "number"}), **_SENDER},
             ["version", "metrics"],
         ),
+        "RollbackBody": an_object({"version": COUNT, **_ABANDON, **_SENDER}, ["version"]),
+        "PinBody": an_object({"name": nullable(_PIN), **_SENDER}),
         "PreviewBody": an_object(
             {
                 "optimizer": ref("OptimizerSpec"),

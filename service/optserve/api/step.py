@@ -12,7 +12,7 @@ from optserve.api.one_call import first_use
 from optserve.api.openapi import BINARY, KEY_PARAMETER, operation
 from optserve.api.replies import encode_reply
 from optserve.api.routing import Direct, SessionId, any_media, router, session_of
-from optserve.api.waiting import done, off_loop
+from optserve.api.waiting import done, loaded, off_loop
 from optserve.sessions.ledger import Identity
 from optserve.sessions.session import Session
 from optserve.sessions.step import Step
@@ -100,6 +100,7 @@ async def decode_step(request: Request, session: Session) -> Step:
     kind, settings = body_kind(request), settings_of(request)
     if kind is None:
         raise Malformed("the body is empty, expected a step")
+    await loaded(session)
     if kind == "json":
         raw = await Body(request, settings.max_json_bytes).read()
         return await off_loop(len(raw), step_from_text, request, session, raw)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
+from optserve.sessions.session import Session
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -19,6 +21,12 @@ async def off_loop(nbytes: int, fn: Callable[P, T], *args: P.args, **kwargs: P.k
     if nbytes <= OFF_LOOP_BYTES:
         return fn(*args, **kwargs)
     return await asyncio.to_thread(fn, *args, **kwargs)
+
+
+async def loaded(session: Session) -> None:
+    """Wait until what a body must look like is known."""
+    if session.cold:
+        await done(session.load())
 
 
 async def done(future: Future[T]) -> T:

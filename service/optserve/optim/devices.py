@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from optserve_client.errors import Invalid
@@ -43,3 +45,17 @@ def warm() -> None:
 
 def version() -> str:
     return str(torch.__version__)
+
+
+def fingerprint(device: str, dtype: str, impl: str) -> dict[str, Any]:
+    """Return what the last bits of an update by the calling thread depend on."""
+    cuda = device.startswith("cuda")
+    return {
+        "torch": version(),
+        "processor": torch.cuda.get_device_name(device)
+        if cuda
+        else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "impl": impl,
+    }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from optserve.optim import catalogue, schedules
+from optserve.optim import catalogue, devices, schedules
 from optserve.optim.arena import Arena, GradientPool
 from optserve.optim.averages import Best, Ema, Window
 from optserve.optim.gradients import Gradients, Inspected, first_nonfinite, to_coo, total_norm
@@ -24,6 +24,7 @@ from optserve.optim.layout import Layout
 from optserve.optim.lbfgs import LineSearch
 from optserve.optim.recipe import Recipe
 from optserve.optim.refusals import torchs_refusals
+from optserve.optim.tree import tensors_of
 from optserve_client import wire
 from optserve_client.errors import Invalid, Nonfinite
 
@@ -60,6 +61,9 @@ class Engine:
             wire.dtype_name(layout.dtype),
             bool(recipe.sparse),
         )
+        self.fingerprint = devices.fingerprint(
+            recipe.device, wire.dtype_name(layout.dtype), self.impl
+        )
         self.params = Arena(layout, recipe.device)
         if params is None:
             self.params.flat.fill_(1.0)
@@ -79,6 +83,15 @@ class Engine:
         self.window = Window(recipe.accumulate_steps, recipe.accumulate_reduce)
         self.line_search = LineSearch(self.optimizer) if self.entry.needs_loss else None
         self._make_pool()
+
+    def nbytes(self) -> int:
+        """Return about how much memory the session takes: its tensors, a gradient, a reply."""
+        states = (tensor for state in self.optimizer.state.values() for tensor in tensors_of(state))
+        kept = [arena.flat for part in (self.ema, self.best) if part for arena in (part.arena,)]
+        window = tensors_of(self.window.sums)
+        record = tensors_of(self.line_search.record) if self.line_search is not None else []
+        held = sum(t.numel() * t.element_size() for t in (*states, *kept, *window, *record))
+        return held + 3 * self.layout.nbytes
 
     def _make_pool(self) -> None:
         dense = (n for n in self.layout.names if n not in self.recipe.sparse)

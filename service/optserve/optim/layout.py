@@ -54,6 +54,10 @@ class Layout:
     def names(self) -> list[str]:
         return [slot.name for slot in self.slots]
 
+    @cached_property
+    def numel(self) -> int:
+        return sum(slot.numel for slot in self.slots)
+
     @property
     def nbytes(self) -> int:
         return self.slots[-1].end if self.slots else 0

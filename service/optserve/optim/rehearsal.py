@@ -37,14 +37,19 @@ class _Ones:
     sparse: Mapping[str, Any] = field(default_factory=dict)
 
 
-def rehearse(recipe: Recipe, layout: Layout) -> None:
+def rehearse(recipe: Recipe, layout: Layout) -> int:
     """Build the session's optimizer on stand-in params and make one update.
 
-    Raises TorchRefused with torch's sentence, or any refusal of ours.
+    Return about how many bytes the session will take in memory: exact where the stand-in has its
+    size, else in proportion to the params. Raises TorchRefused with torch's sentence, or any
+    refusal of ours.
     """
     small = _small(layout)
     with torchs_refusals():
-        step(Engine(replace(recipe, accumulate_steps=1), small, None))
+        engine = Engine(replace(recipe, accumulate_steps=1), small, None)
+        step(engine)
+    window = layout.nbytes if recipe.accumulate_steps > 1 else 0
+    return engine.nbytes() * layout.numel // max(small.numel, 1) + window
 
 
 def _small(layout: Layout) -> Layout:

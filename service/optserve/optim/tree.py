@@ -26,6 +26,17 @@ import torch
 Json = Any
 
 
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Return the tensors anywhere in mappings and sequences."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return []
+
+
 def flatten(
     obj: Any, prefix: str = "", tensors: dict[str, torch.Tensor] | None = None
 ) -> tuple[Json, dict[str, torch.Tensor]]:

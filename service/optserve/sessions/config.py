@@ -17,6 +17,7 @@ from optserve.optim import catalogue, devices, schedules
 from optserve.optim.layout import Layout
 from optserve.optim.recipe import Recipe
 from optserve.sessions.fields import Fields, shown
+from optserve.store.base import DURABILITIES
 from optserve_client import wire
 from optserve_client.errors import Invalid
 
@@ -66,6 +67,14 @@ class Adjustable(Description):
     clip_grad_value: Positive | None = None
     accumulate: Annotated[Accumulate, BeforeValidator(_bare_number)] = Accumulate(steps=1)
     nonfinite: Literal["reject", "skip"] = "reject"
+    #: The session is deleted when it was not used for so long; None: the server's default.
+    ttl_s: Positive | None = None
+
+
+class PatchFields(Adjustable):
+    """The body of a PATCH."""
+
+    durability: Literal["always", "os", "memory"] = "always"
 
 
 class CreateFields(Adjustable):
@@ -177,11 +186,8 @@ def normalise(
         if hyper.setdefault("maximize", True) is not True:
             raise Invalid("maximize is true and optimizer.maximize is not")
     _check_line_search(entry, fields)
-    if fields.durability not in (None, promise):
-        raise Invalid(
-            f"durability must be {promise!r} on this server, whose store keeps sessions in memory, "
-            f"got {fields.durability!r}"
-        )
+    durability = fields.durability or promise
+    check_durability(durability, promise)
     sparse = _matching(fields.sparse, layout.names, "sparse")
     if sparse and entry.sparse == "never":
         raise Invalid(f"sparse: {entry.name} does not take sparse gradients")
@@ -197,10 +203,19 @@ def normalise(
         "dtype": wire.dtype_name(layout.dtype),
         "device": devices.resolve(device),
         "impl": fields.impl,
-        "durability": promise,
+        "durability": durability,
         **adjustable(fields),
     }
     return plain(config)
+
+
+def check_durability(wanted: str, promise: str) -> None:
+    """Refuse more than the server's store can promise."""
+    if DURABILITIES.index(wanted) < DURABILITIES.index(promise):
+        raise Invalid(
+            f"durability must be {promise!r} on this server, whose store keeps sessions in memory, "
+            f"got {wanted!r}"
+        )
 
 
 def renormalise(config: Mapping[str, Any], layout: Layout, device: str) -> dict[str, Any]:

@@ -11,34 +11,47 @@ import numpy as np
 from optserve.optim import preview
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import scheduler_line
-from optserve.store import Key, Store
+from optserve.store.base import Event, Key, SessionRow, Store
 from optserve_client import wire
 from optserve_client.errors import Conflict
 
-#: Kinds of events that make a version.
-VERSION_KINDS = ("create", "step", "evaluate", "params", "group", "import")
 
-
-def summary(session_id: str, state: SessionState) -> dict[str, Any]:
-    """Return the row of a session list; times are Unix seconds."""
+def about(state: SessionState, resident_bytes: int) -> dict[str, Any]:
+    """Return what must be known of a session without reading its journal, and seldom changes."""
     config = state.config
     return {
-        "id": session_id,
         "name": config["name"],
         "tags": config["tags"],
         "optimizer": config["optimizer"]["name"],
         "generation": state.generation,
-        "version": state.version,
-        "updates": state.updates,
-        "numel": sum(slot.numel for slot in state.layout.slots),
+        "numel": state.layout.numel,
         "dtype": config["dtype"],
         "durability": config["durability"],
-        "created_at": state.created,
-        "updated_at": state.changed,
+        "ttl_s": config["ttl_s"],
+        "resident_bytes": resident_bytes,
     }
 
 
-def status(session_id: str, state: SessionState) -> dict[str, Any]:
+def summary(row: SessionRow) -> dict[str, Any]:
+    """Return the row of a session list; times are Unix seconds."""
+    said = row.about
+    return {
+        "id": row.key.session,
+        "name": said["name"],
+        "tags": said["tags"],
+        "optimizer": said["optimizer"],
+        "generation": said["generation"],
+        "version": row.version,
+        "updates": row.updates,
+        "numel": said["numel"],
+        "dtype": said["dtype"],
+        "durability": said["durability"],
+        "created_at": row.created,
+        "updated_at": row.changed,
+    }
+
+
+def status(row: SessionRow, state: SessionState) -> dict[str, Any]:
     """Return everything about a session but its tensors."""
     engine, config = state.engine, state.config
     names = {id(parameter): name for name, parameter in engine.parameters.items()}
@@ -48,9 +61,9 @@ def status(session_id: str, state: SessionState) -> dict[str, Any]:
     ]
     dtype = wire.dtype_name(state.layout.dtype)
     said: dict[str, Any] = {
-        **summary(session_id, state),
+        **summary(row),
         "notes": config["notes"],
-        "config": {k: v for k, v in config.items() if k not in ("name", "notes", "tags")},
+        "config": {k: v for k, v in config.items() if k not in ("name", "notes", "tags", "ttl_s")},
         "torch": engine.torch_line,
         "impl": engine.impl,
         "groups": groups,
@@ -60,6 +73,8 @@ def status(session_id: str, state: SessionState) -> dict[str, Any]:
             slot.name: {"shape": list(slot.shape), "dtype": dtype} for slot in state.layout.slots
         },
     }
+    said["ttl_s"] = config["ttl_s"]
+    said["recovery"] = {"bit_exact": state.inexact is None, "reason": state.inexact}
     if engine.window.steps > 1:
         said["accumulated"] = engine.window.count
     if engine.best is not None:
@@ -106,27 +121,37 @@ def history(store: Store, key: Key, after_version: int, limit: int) -> list[dict
     """Return one row per version above ``after_version``, oldest first, at most ``limit``."""
     rows: dict[int, dict[str, Any]] = {}
     made = after_version
-    for event in store.events(key):
-        request, reply = event.record.get("request", {}), event.record.get("reply", {})
-        if event.kind == "metrics":
+    first = store.first_at(key, after_version + 1)
+    events = store.events(key, after_lsn=first - 1, payloads=False) if first is not None else ()
+    for event in events:
+        reply = event.record.get("reply", {})
+        if reply.get("applied_version") is not None and event.version > made:
+            if len(rows) == limit:
+                break
+            made = event.version
+            rows[made] = _history_row(event)
+    if rows:
+        later = store.events(key, after_lsn=first or 0, kinds={"metrics"}, payloads=False)
+        for request in (event.record["request"] for event in later):
             if request["version"] in rows:
                 rows[request["version"]]["metrics"].update(request["metrics"])
-        elif reply.get("applied_version") is not None and event.version > made:
-            made = event.version
-            if len(rows) < limit:
-                rows[event.version] = {
-                    "version": event.version,
-                    "updates": event.updates,
-                    "kind": event.kind,
-                    "time": event.time,
-                    "worker": event.worker,
-                    "lr": [group.get("lr") for group in reply.get("groups", [])],
-                    "loss": event.loss,
-                    "grad_norm": reply.get("grad_norm"),
-                    "clip_coef": reply.get("clip_coef"),
-                    "metrics": dict(request.get("metrics", {})),
-                }
     return list(rows.values())
+
+
+def _history_row(event: Event) -> dict[str, Any]:
+    reply = event.record["reply"]
+    return {
+        "version": event.version,
+        "updates": event.updates,
+        "kind": event.kind,
+        "time": event.time,
+        "worker": event.worker,
+        "lr": [group.get("lr") for group in reply.get("groups", [])],
+        "loss": event.loss,
+        "grad_norm": reply.get("grad_norm"),
+        "clip_coef": reply.get("clip_coef"),
+        "metrics": dict(event.record.get("request", {}).get("metrics", {})),
+    }
 
 
 def finite(value: float | None) -> float | None:

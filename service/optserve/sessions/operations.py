@@ -8,33 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from optserve.optim import rehearsal, schedules
 from optserve.optim.hyper import from_json
 from optserve.sessions import config as configs
 from optserve.sessions import frames
-from optserve.sessions.config import Adjustable, Description
+from optserve.sessions.config import Description, PatchFields
 from optserve.sessions.finite import check_finite
+from optserve.sessions.operation import Buffers, Operation
+from optserve.sessions.reaching import Pin, Rollback, Unpin
 from optserve.sessions.state import SessionState, read_engine
 from optserve.sessions.stepping import Change, scheduler_line
 from optserve.store import Event
 from optserve_client import wire
 from optserve_client.errors import Conflict, Invalid
 
-Buffers = list[bytes | memoryview]
-
-
-class Operation(Protocol):
-    """One change of a session."""
-
-    @property
-    def frame(self) -> Buffers | None:
-        """What the journal keeps as the event's payload."""
-
-    def check(self, state: SessionState, abandon: bool) -> None: ...
-
-    def apply(self, state: SessionState) -> Change: ...
+__all__ = [
+    "AddGroup",
+    "AdvanceScheduler",
+    "Import",
+    "Operation",
+    "Patch",
+    "PatchGroup",
+    "Pin",
+    "PutMetrics",
+    "Rollback",
+    "SetParams",
+    "SetScheduler",
+    "Unpin",
+    "check_params",
+    "of_event",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +92,11 @@ class Patch:
 
     @classmethod
     def of_body(cls, body: Mapping[str, Any]) -> Patch:
-        fields = Adjustable.parse(body)
+        fields = PatchFields.parse(body)
         return cls(config=fields.model_dump(include=fields.model_fields_set))
 
     def _computes(self) -> bool:
-        return not self.config.keys() <= Description.model_fields.keys()
+        return not self.config.keys() <= {"durability", "ttl_s", *Description.model_fields}
 
     def check(self, state: SessionState, abandon: bool) -> None:
         if not self.config:
@@ -301,7 +306,8 @@ class Import:
         frame, config, engine = self.decoded.pop()
         updates = frame.meta["updates"] - state.updates
         # What this server promises is not the file's to say.
-        state.replace_by({**config, "durability": state.config["durability"]}, engine)
+        stays = {name: state.config[name] for name in ("durability", "ttl_s")}
+        state.replace_by({**config, **stays}, engine)
         return Change(kind="import", moves=True, updates=updates)
 
 
@@ -326,6 +332,8 @@ def of_event(event: Event) -> Operation | None:
             return PutMetrics(version=request["version"], metrics=request["metrics"])
         case "import":
             return Import(data=data)
+        case "rollback":
+            return Rollback(version=request["version"], data=data)
         case _:
             return None
 

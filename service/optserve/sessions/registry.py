@@ -7,27 +7,38 @@ import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import structlog
 
 from optserve.optim import devices
 from optserve.optim.rehearsal import rehearse
 from optserve.sessions import config as configs
 from optserve.sessions import describe, frames
 from optserve.sessions.finite import check_finite
+from optserve.sessions.holding import Home
+from optserve.sessions.housekeeping import Expiry
 from optserve.sessions.ledger import Identity, Ledger
 from optserve.sessions.listing import page
 from optserve.sessions.operations import Import
-from optserve.sessions.replay import first_state, replay, write_frame
+from optserve.sessions.replay import first_state, write_frame
 from optserve.sessions.reply import Reply
+from optserve.sessions.residency import Residents
 from optserve.sessions.session import Session
 from optserve.sessions.state import SessionState, read_engine
 from optserve.sessions.turn import Executor, chain
-from optserve.store import Event, Key, Store
+from optserve.store.base import Event, Key, Payload, SessionRow, Store
 from optserve_client import wire
-from optserve_client.errors import Conflict, Invalid, SessionExists, SessionNotFound
+from optserve_client.errors import Conflict, Invalid, SessionExists, SessionNotFound, Unavailable
+
+log = structlog.get_logger(__name__)
 
 Buffers = list[bytes | memoryview]
+#: Of no session: what the server claims an owner epoch for, which its new sessions have.
+_NOBODY = Key("", "")
+#: How long a stop may take for snapshots; what has none then is replayed at the next start.
+SNAPSHOTS_S = 5.0
 #: Create bodies of one-call steps that are known to be equal to a session's, per session.
 _REMEMBERED_BODIES = 8
 
@@ -40,13 +51,15 @@ class Made:
     created: bool = False
     duplicate: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    #: What the request wanted, where the session was found.
+    origin: Mapping[str, Any] | None = None
 
 
-def _check_origin(session: Session, origin: Mapping[str, Any]) -> None:
-    if session.origin != origin:
+def _check_origin(session: Session, have: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    if have != origin:
         raise SessionExists(
             f"session {session.id!r} exists with another configuration"
-            + configs.difference(session.origin, origin),
+            + configs.difference(have, origin),
             version=session.version,
         )
 
@@ -54,9 +67,13 @@ def _check_origin(session: Session, origin: Mapping[str, Any]) -> None:
 def _answer(made: Made) -> Future[Reply]:
     """Answer with the session's status, read in its own turn."""
     told = {"created": made.created, "duplicate": made.duplicate, **made.extra}
-    return made.session.run(
-        lambda state: Reply(scalars={**describe.status(made.session.id, state), **told})
-    )
+
+    def job(state: SessionState) -> Reply:
+        if made.origin is not None:
+            _check_origin(made.session, state.origin, made.origin)
+        return Reply(scalars={**describe.status(made.session.row, state), **told})
+
+    return made.session.run(job)
 
 
 class Registry:
@@ -72,16 +89,45 @@ class Registry:
         device: str = "auto",
         threads: int | None = None,
         executor_threads: int = 2,
+        memory_budget: int | None = None,
+        session_ttl_s: float | None = None,
     ) -> None:
+        """``memory_budget``: bytes for all sessions in memory; ``session_ttl_s``: the default."""
         self.store = store
         self.device = devices.resolve(device)
         self.threads = threads or devices.thread_count()
+        self.residents = Residents(memory_budget)
         self._executor = Executor(executor_threads, lambda: devices.use_threads(self.threads))
+        self._background = Executor(1)
+        self._home = Home(
+            store=store,
+            executor=self._executor,
+            background=self._background,
+            residents=self.residents,
+        )
         self._turn = self._executor.turn()
-        self._sessions: dict[Key, Session] = {}
         #: What a create request with an Idempotency-Key made: digest and id, by tenant and key.
         self._created: dict[str, Ledger] = {}
+        self._owner_epoch = store.claim(_NOBODY)
+        rows = store.sessions()
+        self._sessions = {row.key: Session(self._home, row) for row in rows}
+        for row in rows:
+            self._remember_key(row)
+        self._expiry = Expiry(lambda: list(self._sessions.values()), self._forget, session_ttl_s)
         self._warm = False
+        #: The server stops: it is not ready for more.
+        self.draining = False
+
+    def _remember_key(self, row: SessionRow) -> None:
+        if row.create_key is not None:
+            identity = Identity(key=row.create_key, digest=row.create_digest)
+            self._created.setdefault(row.key.tenant, Ledger()).commit(
+                identity,
+                applied_version=None,
+                lsn=1,
+                reply={"id": row.key.session},
+                time=row.created,
+            )
 
     def warm(self) -> None:
         """Pay for torch's lazy imports now, on the threads that will step."""
@@ -90,12 +136,27 @@ class Registry:
 
     @property
     def ready(self) -> bool:
-        return self._warm
+        return self._warm and not self.draining
 
-    def close(self) -> None:
-        """Finish what runs, then close the store."""
+    def close(self, snapshots_s: float = SNAPSHOTS_S) -> None:
+        """Finish what runs, write snapshots for at most ``snapshots_s``, then close the store."""
+        self._expiry.close()
+        self._write_snapshots(time.monotonic() + snapshots_s)
         self._executor.close()
+        self._background.close()
         self.store.close()
+
+    def _write_snapshots(self, until: float) -> None:
+        """Spare the next start a replay; sessions that keep their events in memory come first."""
+        sessions = sorted(self._sessions.values(), key=lambda s: s.row.durability != "memory")
+        for session in sessions:
+            if time.monotonic() > until:
+                log.warning("no time for a snapshot of every session", since=session.id)
+                return
+            try:
+                session.snapshot().result(max(until - time.monotonic(), 0.1))
+            except Exception as exc:
+                log.warning("no snapshot was written", session=session.id, why=repr(exc))
 
     def get(self, tenant: str, session_id: str) -> Session:
         """Return a session, or raise SessionNotFound."""
@@ -165,9 +226,8 @@ class Registry:
         if (session := self._sessions.get(key)) is not None:
             if not exist_ok:
                 raise SessionExists(f"session {key.session!r} exists", version=session.version)
-            _check_origin(session, origin)
-            return Made(session)
-        rehearse(configs.recipe(config), layout)
+            return Made(session, origin=origin)
+        nbytes = rehearse(configs.recipe(config), layout)
         record = {
             "config": config,
             "origin": origin,
@@ -176,7 +236,7 @@ class Registry:
             "keeps_ledger": False,
         }
         frame = wire.encode({f"param/{name}": tensor for name, tensor in ordered.items()})
-        return Made(self._begin(key, record, frame, identity), created=True)
+        return Made(self._begin(key, record, frame, identity, nbytes), created=True)
 
     def _known_key(self, tenant: str, identity: Identity) -> str | None:
         """Return the id that an earlier request with this Idempotency-Key created."""
@@ -200,39 +260,67 @@ class Registry:
         record: dict[str, Any],
         frame: Buffers,
         identity: Identity,
+        nbytes: int,
         version: int = 0,
         updates: int = 0,
     ) -> Session:
-        """Commit the create event of a new session and start it from that event."""
-        event = Event(
-            key=key,
-            lsn=1,
-            kind="create",
-            version=version,
-            updates=updates,
-            time=time.time(),
-            worker=identity.worker,
-            epoch=identity.epoch,
-            seq=identity.seq,
-            idempotency_key=identity.key,
-            digest=identity.digest,
-            record={**record, "reply": {"applied_version": version}},
-            payload=write_frame(self.store, frame),
-        )
-        state = first_state(event)
-        if identity.worker is not None or identity.key is not None:
-            state.ledger.check(identity, event.time)
+        """Commit the create event of a new session and start it from that event.
+
+        ``nbytes``: about what it takes in memory.
+        """
+        self.residents.admit(key, nbytes, lambda: self._put_away(key))
+        try:
+            event = Event(
+                key=key,
+                lsn=1,
+                kind="create",
+                version=version,
+                updates=updates,
+                time=time.time(),
+                owner_epoch=self._owner_epoch,
+                worker=identity.worker,
+                epoch=identity.epoch,
+                seq=identity.seq,
+                idempotency_key=identity.key,
+                digest=identity.digest,
+                record={**record, "reply": {"applied_version": version}},
+            )
+            event, state = self._commit(event, write_frame(self.store, frame), identity)
+        except BaseException:
+            self.residents.release(key)
+            raise
+        row = _row_of(event, state)
+        session = self._sessions[key] = Session(self._home, row, state, self._owner_epoch)
+        self._remember_key(row)
+        return session
+
+    def _commit(
+        self, event: Event, payload: Payload, identity: Identity
+    ) -> tuple[Event, SessionState]:
+        """Append a create event; return it whole, and the state that it makes."""
+        event = replace(event, payload=payload)
+        try:
+            state = first_state(event)
+            if identity.worker is not None or identity.key is not None:
+                state.ledger.check(identity, event.time)
+            record = {**event.record, "fingerprint": state.engine.fingerprint}
+            about = describe.about(state, state.engine.nbytes())
+            event = replace(event, record=record, about=about)
+        except BaseException:
+            payload.discard()
+            raise
         [outcome] = self.store.append([event])
         if outcome.error is not None:
+            # After Unavailable the event may be committed all the same, and name its payload.
+            if not isinstance(outcome.error, Unavailable):
+                payload.discard()
             raise outcome.error
         state.commit(event)
-        session = Session(key, self.store, self._executor.turn(), state)
-        self._sessions[key] = session
-        if identity.key is not None:
-            self._created.setdefault(key.tenant, Ledger()).commit(
-                identity, applied_version=None, lsn=1, reply={"id": key.session}, time=event.time
-            )
-        return session
+        return event, state
+
+    def _put_away(self, key: Key) -> bool:
+        session = self._sessions.get(key)
+        return session is not None and session.put_away()
 
     # --- fork, import, delete --------------------------------------------------------------------
 
@@ -251,14 +339,9 @@ class Registry:
             key = Key(tenant, fields.id or f"s-{secrets.token_hex(8)}")
             if key in self._sessions:
                 raise SessionExists(f"session {key.session!r} exists")
-            if fields.version is not None and fields.version > state.version:
-                raise Invalid(
-                    f"version must be in [0, {state.version}], got {fields.version}",
-                    field="version",
-                )
             past = state
-            if fields.version is not None and fields.version != state.version:
-                past = replay(self.store, source.key, self._lsn_of(source.key, fields.version))
+            if fields.version is not None:
+                past = source.state_at(fields.version, state)
             given = fields.model_dump(include=fields.model_fields_set - {"id", "version"})
             config = {**past.config, **given}
             parent = {
@@ -273,21 +356,15 @@ class Registry:
                 "from_frame": True,
                 "keeps_ledger": False,
                 "forked_from": parent,
+                "inexact": past.inexact,
             }
-            made = self._begin(key, record, past.frame(), identity, past.version, past.updates)
+            nbytes = past.engine.nbytes()
+            made = self._begin(
+                key, record, past.frame(), identity, nbytes, past.version, past.updates
+            )
             return Made(made, created=True, extra={"forked_from": parent})
 
         return chain(source.run(job), _answer)
-
-    def _lsn_of(self, key: Key, version: int) -> int:
-        """Return the lsn of the event that made ``version``."""
-        for event in self.store.events(key):
-            if event.version == version and event.record["reply"]["applied_version"] == version:
-                snapshot = self.store.latest_snapshot(key, event.lsn)
-                if snapshot is None and next(iter(self.store.events(key))).payload is None:
-                    break
-                return event.lsn
-        raise Invalid(f"version {version} of session {key.session!r} cannot be reached any more")
 
     def import_session(
         self,
@@ -314,7 +391,7 @@ class Registry:
         if key in self._sessions:
             raise Conflict(f"session {key.session!r} was created meanwhile; send the import again")
         frame = frames.decode(data)
-        config, _ = read_engine(frame, self.device)
+        config, engine = read_engine(frame, self.device)
         config = {**config, "durability": self.store.promise}
         record = {
             "config": config,
@@ -323,13 +400,17 @@ class Registry:
             "from_frame": True,
             "keeps_ledger": True,
         }
+        version, updates = frame.meta["version"], frame.meta["updates"]
         made = self._begin(
-            key, record, [memoryview(data)], identity, frame.meta["version"], frame.meta["updates"]
+            key, record, [memoryview(data)], identity, engine.nbytes(), version, updates
         )
         return Made(made, created=True)
 
     def check_same(self, session: Session, body: Mapping[str, Any]) -> None:
-        """Raise SessionExists if these create fields would have made another session."""
+        """Raise SessionExists if these create fields would have made another session.
+
+        The session must have been loaded.
+        """
         text = json.dumps(body, default=str).encode()
         if text in session.same:
             return
@@ -342,7 +423,7 @@ class Registry:
                 f"session {session.id!r} exists with another {field}", version=session.version
             )
         config = configs.normalise(fields, shape, self.device, self.store.promise)
-        _check_origin(session, configs.origin(config, shape))
+        _check_origin(session, session.origin, configs.origin(config, shape))
         if len(session.same) >= _REMEMBERED_BODIES:
             session.same.clear()
         session.same.add(text)
@@ -357,11 +438,28 @@ class Registry:
         return session.run(job)
 
     def _forget(self, session: Session) -> None:
-        del self._sessions[session.key]
-        session.closed = True
         self.store.delete(session.key)
+        self._sessions.pop(session.key, None)
+        session.closed = True
+        self.residents.release(session.key)
 
     def delete(self, tenant: str, session_id: str, identity: Identity) -> Future[Reply]:
         """Forget a session and its journal."""
         session = self.get(tenant, session_id)
         return session.remove(identity, lambda: self._forget(session))
+
+
+def _row_of(event: Event, state: SessionState) -> SessionRow:
+    """Return the row of a session whose create event was committed."""
+    return SessionRow(
+        key=event.key,
+        last_lsn=1,
+        version=event.version,
+        updates=event.updates,
+        created=event.time,
+        changed=event.time,
+        about=event.about or {},
+        durability=state.config["durability"],
+        create_key=event.idempotency_key,
+        create_digest=event.digest,
+    )

@@ -16,51 +16,84 @@ from optserve.sessions.intake import Step, StepIntake
 from optserve.sessions.ledger import Ledger
 from optserve.sessions.state import SessionState, restore
 from optserve.sessions.step import Expected
-from optserve.store import Event, Key, Payload, Store
+from optserve.store.base import Durability, Event, Key, Payload, Store
 from optserve_client import wire
-from optserve_client.errors import Internal, SessionNotFound
+from optserve_client.errors import Damaged, Internal, SessionNotFound
 
 log = structlog.get_logger(__name__)
 
-#: A snapshot is written when replay would read more than this many events, or this many bytes and
-#: four times the state.
-SNAPSHOT_EVENTS = 1_000
-SNAPSHOT_BYTES = 4 * 2**20
 
-
-def write_frame(store: Store, buffers: Iterable[bytes | memoryview]) -> Payload:
-    """Return a payload with these bytes."""
-    writer = store.writer()
+def write_frame(
+    store: Store,
+    buffers: Iterable[bytes | memoryview],
+    durability: Durability = "always",
+) -> Payload:
+    """Return a payload with these bytes, for an event or a snapshot of this durability."""
+    parts = [memoryview(buffer) for buffer in buffers]
+    writer = store.writer(sum(part.nbytes for part in parts), durability)
     try:
-        for buffer in buffers:
-            writer.write(buffer)
+        for part in parts:
+            writer.write(part)
         return writer.seal()
     finally:
         writer.discard()
 
 
-def replay(store: Store, key: Key, upto_lsn: int | None = None) -> SessionState:
+def replay(
+    store: Store, key: Key, upto_lsn: int | None = None, *, lossy: bool = False
+) -> SessionState:
     """Return the state after event ``upto_lsn`` (None: the last one), bit for bit.
 
-    Raises SessionNotFound, or Internal when a payload that is needed was dropped.
+    A snapshot that does not read back is passed over for the one before. With ``lossy`` the state
+    ends before the first event whose payload does not read back. Raises SessionNotFound, and
+    Damaged or Internal when something that is needed is gone.
     """
-    state: SessionState | None = None
-    after = 0
-    if (snapshot := store.latest_snapshot(key, upto_lsn)) is not None:
-        after, payload = snapshot
-        frame = frames.decode(payload.read())
-        recipe = configs.recipe(frame.meta["config"])
-        engine = checkpoint.load(recipe, frame.layout, frame.meta["engine"], frame.tensors)
-        state = restore(frame.meta, engine)
-    for event in store.events(key, after_lsn=after, upto_lsn=upto_lsn):
-        if state is None:
-            state = first_state(event)
-        else:
-            _apply(state, event)
+    state = _newest_snapshot(store, key, upto_lsn)
+    events = store.events(key, after_lsn=state.lsn if state else 0, upto_lsn=upto_lsn)
+    for event in events:
+        try:
+            if state is None:
+                state = first_state(event)
+            else:
+                _apply(state, event)
+        except Damaged:
+            if state is None or not lossy:
+                raise
+            log.warning("the journal ends early", session=key.session, lsn=event.lsn)
+            return state
         state.commit(event)
     if state is None:
         raise SessionNotFound(f"no session {key.session!r}")
     return state
+
+
+def _newest_snapshot(store: Store, key: Key, upto_lsn: int | None) -> SessionState | None:
+    """Return the state in the newest snapshot up to an lsn that can be read; None: from the start.
+
+    A pinned one below the retained ones stands for itself only: the payloads after it are gone.
+    """
+    kept = [row for row in store.snapshots(key) if upto_lsn is None or row.lsn <= upto_lsn]
+    damage: Damaged | None = None
+    for row in reversed(kept):
+        try:
+            payload = store.read_snapshot(key, row.lsn)
+            if payload is not None:
+                return read_frame(payload)
+        except Damaged as exc:
+            log.error("a snapshot is passed over", session=key.session, lsn=row.lsn, why=str(exc))
+            damage = exc
+    first = next(iter(store.events(key, upto_lsn=1)), None)
+    if damage is not None and (first is None or first.payload is None):
+        raise damage
+    return None
+
+
+def read_frame(payload: Payload) -> SessionState:
+    """Return the state whose own frame this is."""
+    frame = frames.decode(payload.read())
+    recipe = configs.recipe(frame.meta["config"])
+    engine = checkpoint.load(recipe, frame.layout, frame.meta["engine"], frame.tensors)
+    return restore(frame.meta, engine)
 
 
 def first_state(event: Event) -> SessionState:
@@ -88,14 +121,18 @@ def first_state(event: Event) -> SessionState:
         generation=record["generation"],
         created=event.time,
         ledger=ledger,
+        inexact=record.get("inexact"),
     )
 
 
 def _apply(state: SessionState, event: Event) -> None:
-    if event.kind == "skip" and event.payload is None:
+    if event.kind == "rewind":
+        state.rewind(event.record["generation"])
+    elif event.kind == "skip" and event.payload is None:
         state.engine.assign(_changes(event))
     elif event.kind in ("step", "contribution", "evaluate", "skip"):
         step = read_step(state, event)
+        state.note_replay(event)
         try:
             _apply_step(state, step, event)
         finally:
@@ -131,30 +168,3 @@ def read_step(state: SessionState, event: Event) -> Step:
     for chunk in event.payload.chunks():
         intake.feed(chunk)
     return intake.finish()
-
-
-class SnapshotPolicy:
-    """When a session writes its next snapshot."""
-
-    def __init__(self, store: Store, key: Key) -> None:
-        self._store = store
-        self._key = key
-        self._events = 0
-        self._bytes = 0
-
-    def count(self, event: Event) -> None:
-        """Note one committed event."""
-        self._events += 1
-        self._bytes += event.payload.nbytes if event.payload is not None else 0
-
-    def write_if_due(self, state: SessionState) -> None:
-        """Write a snapshot from live memory if replay became too long."""
-        large = max(SNAPSHOT_BYTES, 4 * 3 * state.layout.nbytes)
-        if self._events < SNAPSHOT_EVENTS and self._bytes < large:
-            return
-        self._events = self._bytes = 0
-        try:
-            self._store.snapshot(self._key, state.lsn, state.frame())
-        except Exception:
-            # The event is committed, and its request must not hear that it failed.
-            log.exception("no snapshot was written", session=self._key.session)

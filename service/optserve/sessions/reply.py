@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from optserve.sessions.published import Published
+from optserve.sessions.state import SessionState
+from optserve.sessions.step import Step
+from optserve.sessions.weights import subtract
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,3 +23,40 @@ class Reply:
     #: How the request wanted params: ``list`` or ``base64``, and a dtype; None: the defaults.
     encoding: str | None = None
     dtype: str | None = None
+
+
+def counters(session_id: str, state: SessionState, made: int | None) -> dict[str, Any]:
+    """Return what every reply to a change says; ``made``: the version that the request made."""
+    return {
+        "id": session_id,
+        "generation": state.generation,
+        "version": state.version,
+        "applied_version": made,
+        "updates": state.updates,
+        "duplicate": False,
+        "durability": state.config["durability"],
+    }
+
+
+def step_reply(
+    step: Step,
+    scalars: dict[str, Any],
+    current: Callable[[], Published],
+    before: Published | None = None,
+) -> Reply:
+    """Return the reply to a step: ``current`` params, or what they are more than ``before``."""
+    wanted = step.fields.return_
+    if wanted == "none":
+        return Reply(scalars=scalars)
+    params, returned = current(), "params"
+    if before is not None and scalars["applied_version"] is not None:
+        params, returned = subtract(params, before), "delta"
+    if wanted != returned:
+        scalars = {**scalars, "returned": returned}
+    return Reply(
+        scalars=scalars,
+        params=params,
+        returned=returned,
+        encoding=step.fields.return_encoding,
+        dtype=step.fields.return_dtype,
+    )

@@ -2,43 +2,50 @@
 
 A change goes check -> apply -> append -> count in. Whatever fails after the first number changed
 drops the state in memory; the next job reads it back from the journal, as of the last committed
-event.
+event. So does the first job after a start, and the first one after the session was put away.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from optserve.optim.arena import GradientPool
+import structlog
+
 from optserve.optim.layout import Layout
 from optserve.sessions import describe, operations, stepping
+from optserve.sessions.holding import Holding, Home
 from optserve.sessions.intake import Step, StepIntake, step_from_json
 from optserve.sessions.ledger import Duplicate, Identity
+from optserve.sessions.operation import Reaching
 from optserve.sessions.published import Published
-from optserve.sessions.replay import SnapshotPolicy, replay, write_frame
-from optserve.sessions.reply import Reply
+from optserve.sessions.recovery import event_of
+from optserve.sessions.replay import write_frame
+from optserve.sessions.reply import Reply, counters, step_reply
 from optserve.sessions.state import SessionState
-from optserve.sessions.step import Expected
 from optserve.sessions.stepping import Change
-from optserve.sessions.turn import Turn
-from optserve.sessions.weights import publish, subtract
-from optserve.store import Event, Key, Store
-from optserve_client.errors import Internal, OptserveError, PreconditionFailed, SessionNotFound
+from optserve.sessions.turn import Waiting
+from optserve.sessions.weights import publish
+from optserve.store.base import (
+    DURABILITIES,
+    Durability,
+    PayloadWriter,
+    SessionRow,
+)
+from optserve_client.errors import (
+    Damaged,
+    OptserveError,
+    SessionNotFound,
+    Unavailable,
+)
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a step of the session must look like, and buffers of that shape."""
-
-    expected: Expected
-    pool: GradientPool
 
 
 class Session:
@@ -48,58 +55,82 @@ class Session:
     commit.
     """
 
-    def __init__(self, key: Key, store: Store, turn: Turn, state: SessionState) -> None:
-        self.key = key
+    def __init__(
+        self,
+        home: Home,
+        row: SessionRow,
+        state: SessionState | None = None,
+        owner_epoch: int | None = None,
+    ) -> None:
+        """``state`` None: it is read back at first use; ``owner_epoch`` None: claimed then."""
+        self.key = row.key
         #: Deleted: requests that still wait for their turn find nothing.
         self.closed = False
         #: Create bodies that were found to be equal to this session's.
         self.same: set[bytes] = set()
-        self._store = store
-        self._turn = turn
-        self._state: SessionState | None = None
-        self._published: Published | None = None
-        self._snapshots = SnapshotPolicy(store, key)
-        self._adopt(state)
-
-    def _adopt(self, state: SessionState) -> None:
-        self._state = state
-        self._show(state)
-
-    def _show(self, state: SessionState) -> None:
-        """Make the last commit visible to those who do not wait for a turn."""
-        self.generation = state.generation
-        self.version = state.version
-        # One assignment: who reads it while another thread commits sees all of it or nothing.
-        self._shape = Shape(
-            Expected(layout=state.layout, sparse=state.engine.recipe.sparse), state.engine.pool
-        )
-        self.origin = state.origin
-        self._summary = describe.summary(self.id, state)
+        #: When somebody last asked for something, on the monotonic clock.
+        self.used_at = time.monotonic()
+        self._store = home.store
+        self._turn = home.executor.turn()
+        self._held = Holding(home, row, state, owner_epoch)
 
     @property
     def id(self) -> str:
         return self.key.session
 
     @property
+    def generation(self) -> str:
+        generation: str = self.row.about["generation"]
+        return generation
+
+    @property
+    def version(self) -> int:
+        return self.row.version
+
+    @property
+    def row(self) -> SessionRow:
+        """What is known without reading the journal, as of the last commit."""
+        return self._held.row
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """What a second PUT is compared with."""
+        return self._held.known_origin()
+
+    @property
+    def cold(self) -> bool:
+        """Whether :meth:`load` must come before intake, step_from_json, layout and origin."""
+        return self._held.shape is None
+
+    @property
     def layout(self) -> Layout:
-        return self._shape.expected.layout
+        return self._held.known_shape().expected.layout
 
     def summary(self) -> dict[str, Any]:
         """Return the row of the session list, as of the last commit."""
-        return self._summary
+        return describe.summary(self.row)
 
     # --- reading ---------------------------------------------------------------------------------
 
     def run(self, job: Callable[[SessionState], T]) -> Future[T]:
         """Run a job that only reads, under the session's turn."""
+        self.used_at = time.monotonic()
         return self._turn.run(lambda: job(self._loaded()))
 
+    def in_turn(self, job: Callable[[], T]) -> Future[T]:
+        """Run a job that needs no state, under the session's turn; nobody counts it as a use."""
+        return self._turn.run(job)
+
+    def load(self) -> Future[None]:
+        """Read the session back if it is not in memory."""
+        return self.run(lambda state: None)
+
     def status(self) -> Future[dict[str, Any]]:
-        return self.run(lambda state: describe.status(self.id, state))
+        return self.run(lambda state: describe.status(self.row, state))
 
     def published(self, weights: str = "live") -> Future[Published]:
         """Return a read-only copy of the weights at the current version."""
-        return self.run(lambda state: self._publish(state, weights))
+        return self.run(lambda state: self._held.publish(state, weights))
 
     def export(self) -> Future[list[bytes]]:
         """Return the state file as buffers."""
@@ -116,60 +147,90 @@ class Session:
         """Return one row per version above ``after_version``, oldest first."""
         return describe.history(self._store, self.key, after_version, limit)
 
+    def versions(self, after: int, limit: int) -> list[dict[str, Any]]:
+        """Return the versions above ``after`` that can be gone back to, oldest first."""
+        return self._held.past.versions(after, limit)
+
+    def state_at(self, version: int, state: SessionState) -> SessionState:
+        """Return the state at ``version``, for a job that has the current one; do not change it."""
+        return self._held.past.state_at(version, state)
+
     # --- the step --------------------------------------------------------------------------------
 
     def intake(self, limit_bytes: int) -> StepIntake:
         """Return the reader of one binary step body."""
-        shape = self._shape
+        shape = self._held.known_shape()
         return StepIntake(
             expected=shape.expected,
             lease=shape.pool.lease,
-            writer=self._store.writer,
+            writer=self._writer,
             limit_bytes=limit_bytes,
         )
 
     def step_from_json(self, body: dict[str, Any], digest: bytes) -> Step:
         """Return a step from a parsed JSON body."""
-        shape = self._shape
+        shape = self._held.known_shape()
         return step_from_json(
             body,
             expected=shape.expected,
             lease=shape.pool.lease,
-            writer=self._store.writer,
+            writer=self._writer,
             digest=digest,
         )
 
+    def _writer(self, size: int) -> PayloadWriter:
+        return self._store.writer(size, self.row.about["durability"])
+
     def step(self, step: Step, identity: Identity) -> Future[Reply]:
         """Take one step; its buffer is given back whatever happens."""
+        self.used_at = time.monotonic()
+        begun = False
+
+        def job() -> Waiting[Reply]:
+            nonlocal begun
+            begun = True
+            return self._step(step, identity)
+
+        def ended(_: Future[Reply]) -> None:
+            if not begun:
+                step.discard()
+
         try:
-            return self._turn.run(lambda: self._step(step, identity))
+            future: Future[Reply] = self._turn.run(job)
         except OptserveError:
             step.discard()
             raise
+        future.add_done_callback(ended)
+        return future
 
-    def _step(self, step: Step, identity: Identity) -> Reply:
-        fields, committed = step.fields, False
+    def _step(self, step: Step, identity: Identity) -> Waiting[Reply]:
+        fields = step.fields
+        held, payload = True, step.payload
         try:
             state = self._loaded()
             if fields.dry_run:
                 return self._dry_run(state, step)
-            if known := state.ledger.check(identity, time.time()):
+            if known := state.check_identity(identity, time.time()):
                 return self._step_reply(state, step, self._repeat(state, known), None)
             prepared = stepping.prepare(state, step)
-            before = None
-            if fields.return_ == "delta":
-                before = self._publish(state, "live")
-            with self._changing():
+            before = self._held.publish(state, "live") if fields.return_ == "delta" else None
+            with self._held.changing():
+                began = time.perf_counter()
                 change = stepping.apply(state, prepared)
-                scalars = self._commit(state, change, identity)
-            committed = change.payload is not None
-            self._snapshots.write_if_due(state)
+                seconds = time.perf_counter() - began
+                # The next gradient can come while this one is made durable.
+                held = False
+                step.buffer.release()
+                if change.payload is not None:
+                    payload = None  # the commit's from here on
+                scalars = yield from self._commit(state, change, identity, seconds)
+            self._held.snapshots.write_if_due(state)
             return self._step_reply(state, step, scalars, before)
         finally:
-            if committed:
+            if held:
                 step.buffer.release()
-            else:
-                step.discard()
+            if payload is not None:
+                payload.discard()
 
     def _dry_run(self, state: SessionState, step: Step) -> Reply:
         """Step a copy that is thrown away; neither journal nor ledger hear of it."""
@@ -178,24 +239,17 @@ class Session:
         copy.version += int(change.moves)
         copy.updates += change.updates
         made = copy.version if change.moves else None
-        scalars = {**_counters(self.id, copy, made), **change.reply, "dry_run": True}
-        if step.fields.return_ == "none":
-            return Reply(scalars=scalars)
+        scalars = {**counters(self.id, copy, made), **change.reply, "dry_run": True}
         weights = "trial" if change.reply.get("need") else "live"
-        return _reply(step, scalars, publish(copy, weights), "params")
+        return step_reply(step, scalars, lambda: publish(copy, weights))
 
     def _step_reply(
         self, state: SessionState, step: Step, scalars: dict[str, Any], before: Published | None
     ) -> Reply:
-        if step.fields.return_ == "none":
-            return Reply(scalars=scalars)
         search = state.engine.line_search
         if scalars.get("need") and search is not None and search.open:  # a repeat needs them too
-            return _reply(step, scalars, publish(state, "trial"), "params")
-        current = self._publish(state, "live")
-        if before is not None and scalars["applied_version"] is not None:
-            return _reply(step, scalars, subtract(current, before), "delta")
-        return _reply(step, scalars, current, "params")
+            return step_reply(step, scalars, lambda: publish(state, "trial"))
+        return step_reply(step, scalars, lambda: self._held.publish(state, "live"), before)
 
     # --- other changes ---------------------------------------------------------------------------
 
@@ -209,31 +263,39 @@ class Session:
     ) -> Future[Reply]:
         """Apply any change but a step: see :mod:`optserve.sessions.operations`."""
 
-        def job() -> Reply:
-            state = self._loaded()
-            if known := state.ledger.check(identity, time.time()):
-                return Reply(scalars=self._repeat(state, known))
-            self._check_match(state, if_match)
-            operation.check(state, abandon)
-            payload = write_frame(self._store, operation.frame) if operation.frame else None
-            with self._changing():
-                change = operation.apply(state)
-                scalars = self._commit(state, replace(change, payload=payload), identity)
-            self._snapshots.write_if_due(state)
-            return Reply(scalars=scalars)
+        self.used_at = time.monotonic()
+        return self._turn.run(lambda: self._change(operation, identity, if_match, abandon))
 
-        return self._turn.run(job)
-
-    def _check_match(self, state: SessionState, if_match: str | None) -> None:
-        if if_match is None or if_match.strip() == "*":
-            return
-        current = f"{state.generation}.{state.version}"
-        tags = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
-        if not any(tag == current or tag.startswith(f"{current}-") for tag in tags):
-            raise PreconditionFailed(
-                f"If-Match is {if_match!r:.120}, the session is at {current}",
-                version=state.version,
-            )
+    def _change(
+        self,
+        operation: operations.Operation,
+        identity: Identity,
+        if_match: str | None,
+        abandon: bool,
+    ) -> Waiting[Reply]:
+        state = self._loaded()
+        if known := state.check_identity(identity, time.time()):
+            return Reply(scalars=self._repeat(state, known))
+        state.check_match(if_match)
+        if isinstance(operation, Reaching):
+            operation = operation.reach(self._held.past, state)
+        operation.check(state, abandon)
+        before = state.config["durability"]
+        payload = write_frame(self._store, operation.frame, before) if operation.frame else None
+        with self._held.changing():
+            began = time.perf_counter()
+            try:
+                change = replace(operation.apply(state), payload=payload)
+                if before == "memory" != state.config["durability"]:
+                    self._held.snapshots.write(state)
+            except BaseException:
+                if payload is not None:
+                    payload.discard()
+                raise
+            seconds = time.perf_counter() - began
+            scalars = yield from self._commit(state, change, identity, seconds, before)
+        self._held.snapshots.write_if_due(state)
+        return Reply(scalars=scalars)
 
     def remove(self, identity: Identity, forget: Callable[[], None]) -> Future[Reply]:
         """Close the session and call ``forget``; also one that cannot be read back any more."""
@@ -241,109 +303,68 @@ class Session:
         def job() -> Reply:
             if self.closed:
                 raise SessionNotFound(f"no session {self.id!r}")
-            with suppress(Internal):
-                self._loaded().ledger.check(identity, time.time())
+            with suppress(Damaged):
+                self._loaded().check_identity(identity, time.time())
             forget()
             return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
 
         return self._turn.run(job)
 
-    # --- commit ----------------------------------------------------------------------------------
+    # --- memory ----------------------------------------------------------------------------------
 
     def _loaded(self) -> SessionState:
         if self.closed:
             raise SessionNotFound(f"no session {self.id!r}")
-        if self._state is None:
-            try:
-                self._adopt(replay(self._store, self.key))
-            except Exception as exc:
-                raise Internal(f"session {self.id!r} cannot be read back: {exc!r:.200}") from exc
-        assert self._state is not None
-        return self._state
+        return self._held.loaded(self.put_away)
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Whatever raises in here may have left numbers half-changed: the journal knows better."""
+    def put_away(self) -> bool:
+        """Free the session's memory if nobody uses it right now; its next use reads it back."""
         try:
-            yield
-        except BaseException:
-            self._state = self._published = None
-            raise
+            return self._turn.run_if_idle(self._held.put_away)
+        except OptserveError as exc:
+            log.warning("a session stays in memory", session=self.id, why=exc.detail)
+            return False
 
-    def _commit(self, state: SessionState, change: Change, identity: Identity) -> dict[str, Any]:
+    def snapshot(self) -> Future[None]:
+        """Write a snapshot if anything was committed since the last one; wait until it is kept."""
+        return self._turn.run(self._held.write_snapshot)
+
+    # --- commit ----------------------------------------------------------------------------------
+
+    def _commit(
+        self,
+        state: SessionState,
+        change: Change,
+        identity: Identity,
+        seconds: float,
+        durability: Durability | None = None,
+    ) -> Waiting[dict[str, Any]]:
         """Append the event of an applied change, count it in, and return the reply's scalars."""
-        version = state.version + int(change.moves)
-        made = version if change.moves else None
+        made = state.version + 1 if change.moves else None
+        if change.updates and (state.updates == 0 or change.kind != "step"):
+            self._held.measure(state)
         reply = describe.strict({"applied_version": made, **change.reply})
-        event = Event(
-            key=self.key,
-            lsn=state.lsn + 1,
-            kind=change.kind,
-            version=version,
-            updates=state.updates + change.updates,
-            time=time.time(),
-            worker=identity.worker,
-            epoch=identity.epoch,
-            seq=identity.seq,
-            idempotency_key=identity.key,
-            digest=identity.digest,
-            record={
-                "request": _said(change.request),
-                "outcome": _said(change.outcome),
-                "reply": reply,
-            },
-            loss=change.loss,
-            grad_norm=describe.finite(change.grad_norm),
-            payload=change.payload,
-        )
-        [outcome] = self._store.append([event])
+        event = event_of(self.key, state, change, identity, reply, self._held.owner_epoch)
+        event = replace(event, about=self._held.news(state))
+        if durability is not None:  # what changes the durability is as safe as both say
+            event = replace(event, durability=min(durability, event.durability, key=_strength))
+        [outcome] = yield self._store.submit([event])
         if outcome.error is not None:
+            # After Unavailable the event may be committed all the same, and name its payload.
+            if event.payload is not None and not isinstance(outcome.error, Unavailable):
+                event.payload.discard()
             raise outcome.error
         state.commit(event)
         if change.moves:
-            self._published = None
-        self._show(state)
-        self._snapshots.count(event)
-        return {**_counters(self.id, state, made), **reply}
+            self._held.published = None
+        self._held.show(state)
+        self._held.snapshots.count(event, seconds)
+        return {**counters(self.id, state, made), **reply}
 
     def _repeat(self, state: SessionState, known: Duplicate) -> dict[str, Any]:
-        counters = _counters(self.id, state, known.applied_version)
-        return {**known.reply, **counters, "duplicate": True}
-
-    def _publish(self, state: SessionState, weights: str) -> Published:
-        if weights == "eval" and state.engine.entry.eval_weights:
-            with self._changing():  # these classes change their params to and fro
-                return publish(state, weights)
-        if weights != "live":
-            return publish(state, weights)
-        if self._published is None:
-            self._published = publish(state, "live")
-        return self._published
+        told = counters(self.id, state, known.applied_version)
+        return {**known.reply, **told, "duplicate": True}
 
 
-def _counters(session_id: str, state: SessionState, made: int | None) -> dict[str, Any]:
-    return {
-        "id": session_id,
-        "generation": state.generation,
-        "version": state.version,
-        "applied_version": made,
-        "updates": state.updates,
-        "duplicate": False,
-        "durability": state.config["durability"],
-    }
-
-
-def _said(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _reply(step: Step, scalars: dict[str, Any], params: Published, returned: str) -> Reply:
-    if step.fields.return_ != returned:
-        scalars = {**scalars, "returned": returned}
-    return Reply(
-        scalars=scalars,
-        params=params,
-        returned=returned,
-        encoding=step.fields.return_encoding,
-        dtype=step.fields.return_dtype,
-    )
+def _strength(durability: Durability) -> int:
+    return DURABILITIES.index(durability)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optserve.optim import checkpoint, imported
@@ -20,10 +20,17 @@ from optserve.sessions import config as configs
 from optserve.sessions import frames
 from optserve.sessions.fields import shown
 from optserve.sessions.intake import Step
-from optserve.sessions.ledger import Identity, Ledger
+from optserve.sessions.ledger import Duplicate, Identity, Ledger
 from optserve.store import Event
 from optserve_client import wire
-from optserve_client.errors import Conflict, Invalid, LineSearchOpen
+from optserve_client.errors import (
+    Conflict,
+    Invalid,
+    LineSearchOpen,
+    OutOfSequence,
+    PreconditionFailed,
+    SessionRewound,
+)
 
 
 @dataclass(kw_only=True)
@@ -42,6 +49,12 @@ class SessionState:
     updates: int = 0
     lsn: int = 0
     changed: float = 0.0
+    #: On what the last event was computed: see :func:`optserve.optim.devices.fingerprint`.
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    #: Why the last bits may differ from those that were answered; None: they do not.
+    inexact: str | None = None
+    #: Acknowledged events were lost at least once: a seq from the future may be of one of them.
+    rewound: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -130,6 +143,18 @@ class SessionState:
 
     # --- what must hold --------------------------------------------------------------------------
 
+    def check_match(self, if_match: str | None) -> None:
+        """Refuse if ``If-Match`` names neither the current version nor ``*``."""
+        if if_match is None or if_match.strip() == "*":
+            return
+        current = f"{self.generation}.{self.version}"
+        tags = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
+        if not any(tag == current or tag.startswith(f"{current}-") for tag in tags):
+            raise PreconditionFailed(
+                f"If-Match is {if_match!r:.120}, the session is at {current}",
+                version=self.version,
+            )
+
     def check_no_window(self) -> None:
         window = self.engine.window
         if window.count:
@@ -155,10 +180,44 @@ class SessionState:
 
     # --- counters --------------------------------------------------------------------------------
 
+    def check_identity(self, identity: Identity, now: float) -> Duplicate | None:
+        """Return what a repeat was answered, or None: see :meth:`Ledger.check`.
+
+        Raises SessionRewound for a seq that can only follow one which this session lost.
+        """
+        try:
+            return self.ledger.check(identity, now)
+        except OutOfSequence as exc:
+            if self.rewound and (identity.seq or 0) > exc.extra["last_seq"]:
+                raise SessionRewound(
+                    f"{exc.detail}: the session lost acknowledged requests and is at version "
+                    f"{self.version} of a new generation",
+                    **exc.extra,
+                    generation=self.generation,
+                    version=self.version,
+                ) from exc
+            raise
+
+    def note_replay(self, event: Event) -> None:
+        """Say so if ``event`` was computed where the last bits may come out differently."""
+        made = event.record.get("fingerprint", self.fingerprint)
+        here = self.engine.fingerprint
+        if made and made != here and self.inexact is None:
+            name = next(name for name in here if made.get(name) != here[name])
+            self.inexact = (
+                f"version {event.version} was computed with {name} {made.get(name)!r} and "
+                f"replayed with {name} {here[name]!r}: the last bits may differ"
+            )
+
+    def rewind(self, generation: str) -> None:
+        """What came after the event before this one is lost: begin a new generation."""
+        self.generation, self.rewound = generation, True
+
     def commit(self, event: Event) -> None:
         """Count one committed event in."""
         self.lsn, self.version, self.updates = event.lsn, event.version, event.updates
         self.changed = event.time
+        self.fingerprint = event.record.get("fingerprint", self.fingerprint)
         self.ledger.commit(
             Identity(
                 worker=event.worker,
@@ -190,6 +249,9 @@ class SessionState:
                 "lsn": self.lsn,
                 "created": self.created,
                 "changed": self.changed,
+                "fingerprint": self.fingerprint,
+                "inexact": self.inexact,
+                "rewound": self.rewound,
                 "ledger": self.ledger.dump(),
                 "engine": meta,
             },
@@ -249,6 +311,9 @@ def restore(meta: Mapping[str, Any], engine: Engine) -> SessionState:
         updates=meta["updates"],
         lsn=meta["lsn"],
         changed=meta["changed"],
+        fingerprint=meta["fingerprint"],
+        inexact=meta["inexact"],
+        rewound=meta["rewound"],
     )
 
 

@@ -1,25 +1,32 @@
 """Who runs when: each session has a Turn, all turns share a few threads.
 
 Few threads, because torch's OpenMP keeps one pool of workers per thread that calls it, and because
-``torch.set_num_threads`` holds only for the thread that called it: each of ours calls it first.
+``torch.set_num_threads`` holds only for the thread that called it: each of ours calls it first. So
+none of them waits for a disk: a job that must wait is a generator, which yields a future and goes
+on with its result, on any thread, while its turn stays taken.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, overload
 
 from optserve_client.errors import Unavailable
 
 A = TypeVar("A")
 T = TypeVar("T")
 
+#: A job that waits: yields futures, is sent their results, returns its own.
+Waiting: TypeAlias = Generator[Future[Any], Any, T]
+
 #: Jobs that may wait for one turn; more than that is a caller that does not wait for answers.
 QUEUE_LIMIT = 1_000
 RETRY_AFTER_S = 1
+#: How long :meth:`Executor.close` lets jobs finish what they wait for.
+CLOSE_S = 30.0
 
 
 class Executor:
@@ -29,6 +36,9 @@ class Executor:
         if threads < 1:
             raise ValueError(f"threads must be >= 1, got {threads}")
         self._pool = ThreadPoolExecutor(threads, "optserve", initializer)
+        self._idle = threading.Condition()
+        self._waiting = 0
+        self._closed = False
 
     def turn(self, limit: int = QUEUE_LIMIT) -> Turn:
         """Return a new turn over these threads."""
@@ -37,12 +47,34 @@ class Executor:
     def submit(self, fn: Callable[[], T]) -> Future[T]:
         """Run ``fn`` in no particular order, as soon as a thread is free."""
         try:
+            if self._closed:
+                raise RuntimeError("the executor is closed")
             return self._pool.submit(fn)
         except RuntimeError as exc:  # shut down, or the initializer failed
             raise Unavailable(f"no more jobs are run: {exc}", retry_after=RETRY_AFTER_S) from exc
 
+    def after(self, waited: Future[Any], fn: Callable[[], object]) -> None:
+        """Run ``fn`` when ``waited`` has ended; also where that is after :meth:`close` began."""
+        with self._idle:
+            self._waiting += 1
+
+        def go_on(_: Future[Any]) -> None:
+            try:
+                self._pool.submit(fn)
+            except RuntimeError:  # shut down meanwhile: what was begun is still finished
+                fn()
+            finally:
+                with self._idle:
+                    self._waiting -= 1
+                    self._idle.notify_all()
+
+        waited.add_done_callback(go_on)
+
     def close(self) -> None:
-        """Wait for running jobs; those that still wait for their turn fail with Unavailable."""
+        """Wait for begun jobs; those that still wait for their turn fail with Unavailable."""
+        self._closed = True
+        with self._idle:
+            self._idle.wait_for(lambda: not self._waiting, CLOSE_S)
         self._pool.shutdown(wait=True)
 
 
@@ -73,13 +105,19 @@ class Turn:
         """Whether a job runs or waits; false when the last future's callbacks are called."""
         return self._running or bool(self._jobs)
 
-    def run(self, fn: Callable[[], T]) -> Future[T]:
+    @overload
+    def run(self, fn: Callable[[], Waiting[T]]) -> Future[T]: ...
+
+    @overload
+    def run(self, fn: Callable[[], T]) -> Future[T]: ...
+
+    def run(self, fn: Callable[[], Any]) -> Future[Any]:
         """Run ``fn`` after all jobs before it; its result or exception goes to the future.
 
-        A future that is cancelled before its job starts is skipped. Raises Unavailable when too
-        many jobs wait or the executor is closed.
+        If ``fn`` returns a generator, that is the job. A future that is cancelled before its job
+        starts is skipped. Raises Unavailable when too many jobs wait or the executor is closed.
         """
-        future: Future[T] = Future()
+        future: Future[Any] = Future()
         with self._lock:
             if len(self._jobs) >= self._limit:
                 raise Unavailable(
@@ -98,8 +136,78 @@ class Turn:
                 raise
         return future
 
+    def run_if_idle(self, fn: Callable[[], object]) -> bool:
+        """Run ``fn`` here and now if no job runs or waits; return whether it ran."""
+        with self._lock:
+            if self._scheduled:
+                return False
+            self._scheduled = self._running = True
+        try:
+            fn()
+        finally:
+            self._running = False
+            self._go_on()
+        return True
+
     def _run_one(self) -> None:
-        self._run_next()
+        """Run the next job that nobody cancelled, if there is one."""
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._scheduled = False
+                    return
+                self._running = True  # first, so that busy never flickers
+                future, fn = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                break
+            self._running = False
+        try:
+            result = fn()
+        except BaseException as exc:  # a worker thread has nobody else to tell
+            self._end(future, exc)
+            # exc -> its traceback -> this frame -> future -> exc would keep fn's tensors until a gc
+            del future, fn
+        else:
+            if isinstance(result, Generator):
+                del fn
+                self._advance(future, result, None)
+            else:
+                self._end(future, None, result)
+
+    def _advance(self, future: Future[Any], job: Waiting[Any], waited: Future[Any] | None) -> None:
+        """Run a job that waits up to its next wait, or to its end."""
+        error: BaseException | None
+        while True:
+            try:
+                if waited is None:
+                    waited = next(job)
+                elif (error := waited.exception()) is not None:
+                    waited = job.throw(error)
+                else:
+                    waited = job.send(waited.result())
+            except StopIteration as stop:
+                self._end(future, None, stop.value)
+                return
+            except BaseException as exc:
+                error = None
+                self._end(future, exc)
+                del future, job
+                return
+            if not waited.done():
+                break
+        ended = waited
+        self._executor.after(ended, lambda: self._advance(future, job, ended))
+
+    def _end(self, future: Future[Any], exc: BaseException | None, result: Any = None) -> None:
+        self._running = False
+        if exc is not None:
+            future.set_exception(exc)
+        else:
+            future.set_result(result)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Give the next job to the executor, if there is one."""
         with self._lock:
             if not self._jobs:
                 self._scheduled = False
@@ -114,28 +222,6 @@ class Turn:
         for future, _ in stranded:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
-
-    def _run_next(self) -> None:
-        """Run the next job that nobody cancelled, if there is one."""
-        while True:
-            with self._lock:
-                if not self._jobs:
-                    return
-                self._running = True  # first, so that busy never flickers
-                future, fn = self._jobs.popleft()
-            if future.set_running_or_notify_cancel():
-                break
-            self._running = False
-        try:
-            result = fn()
-        except BaseException as exc:  # a worker thread has nobody else to tell
-            self._running = False
-            future.set_exception(exc)
-            # exc -> its traceback -> this frame -> future -> exc would keep fn's tensors until a gc
-            del future, fn
-        else:
-            self._running = False
-            future.set_result(result)
 
 
 def chain(first: Future[A], then: Callable[[A], Future[T]]) -> Future[T]:

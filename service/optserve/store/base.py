@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from optserve_client.errors import (
     Internal,
@@ -25,6 +26,11 @@ from optserve_client.errors import (
 KEPT_ROWS = 100_000
 KEPT_SNAPSHOTS = 2
 CHUNK_BYTES = 2**20
+
+#: What an acknowledged event survives: ``always`` power loss, ``os`` the death of this process,
+#: ``memory`` neither; see :meth:`Store.append`.
+Durability = Literal["always", "os", "memory"]
+DURABILITIES: tuple[Durability, ...] = ("always", "os", "memory")
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -50,7 +56,11 @@ class Payload(Protocol):
         """XXH3-128 of the bytes."""
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """Yield the bytes in pieces of at most ``size``; a piece stays valid after the next one."""
+        """Yield the bytes in pieces of at most ``size``; a piece stays valid after the next one.
+
+        Raises Damaged if the medium lost or changed any of them; where ``chunks`` is read to its
+        end, and in ``read``, the bytes are compared with ``digest``.
+        """
 
     def read(self) -> bytes:
         """Return all bytes at once; meant for small payloads."""
@@ -90,7 +100,8 @@ class Event:
     #: Place in the journal, gapless from 1.
     lsn: int
     #: ``create``, ``step``, ``contribution``, ``evaluate``, ``skip``, ``params``, ``hyper``,
-    #: ``scheduler``, ``group``, ``metrics``, ``import``. A store knows only ``create``.
+    #: ``scheduler``, ``group``, ``metrics``, ``import``, ``rollback``, ``pin``, ``rewind``. A store
+    #: knows only ``create`` and ``rewind``, and has an index of ``metrics``.
     kind: str
     #: Version and number of optimizer updates after this event.
     version: int
@@ -112,6 +123,12 @@ class Event:
     grad_norm: float | None = None
     #: The tensors as they came over the wire; None also once a snapshot made them superfluous.
     payload: Payload | None = None
+    #: What must hold when the event is acknowledged. Not kept with the event but, the latest one,
+    #: with the session.
+    durability: Durability = "always"
+    #: The session's row in a list, strict JSON, kept with the session; None: as it was. Not kept
+    #: with the event.
+    about: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,34 +139,88 @@ class Outcome:
     lsn: int
     #: SessionExists: ``create`` of a key that is there. SessionNotFound: an event of one that is
     #: not. Misdirected: ``owner_epoch`` is not the current one. Internal: lsn is not last + 1, or
-    #: the event cannot be stored. None: committed.
+    #: the event cannot be stored. OutOfSpace: the medium is full. Unavailable: the medium failed;
+    #: then, and only then, the event may be committed or not, and reading tells. None: committed.
     error: OptserveError | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionRow:
+    """What a store knows of a session without reading its journal."""
+
+    key: Key
+    last_lsn: int
+    #: After the last event.
+    version: int
+    updates: int
+    #: Times of the first and the last event, Unix seconds.
+    created: float
+    changed: float
+    #: As the last event that brought one said.
+    about: Mapping[str, Any]
+    durability: Durability
+    #: Acknowledged events may be gone: this process did not write them, their durability did not
+    #: cover how the one that did has ended. The next event must be a ``rewind``.
+    suspect: bool = False
+    #: Idempotency key and digest of the ``create`` event.
+    create_key: str | None = None
+    create_digest: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotRow:
+    """A kept snapshot."""
+
+    lsn: int
+    #: Of the session after event ``lsn``.
+    version: int
+    nbytes: int
+    #: When it was taken, Unix seconds.
+    time: float
+    #: The name under which it is kept whatever comes; None: as long as it is among the newest two.
+    pin: str | None = None
 
 
 class Store(Protocol):
     """Journals, payloads and snapshots of many sessions. Any thread may call any method."""
 
     @property
-    def promise(self) -> str:
-        """The strongest durability that :meth:`append` can give: ``always``, ``os``, ``memory``."""
+    def promise(self) -> Durability:
+        """The strongest durability that :meth:`append` can give; weaker ones can be asked for."""
 
-    def writer(self, size_hint: int | None = None) -> PayloadWriter:
-        """Return a writer for a payload of about ``size_hint`` bytes."""
+    @property
+    def name(self) -> str:
+        """What the ready line calls it: ``memory``, ``sqlite`` or ``postgresql``."""
 
-    def append(self, events: Sequence[Event]) -> list[Outcome]:
-        """Commit each event on its own, in order; return one outcome per event, in the same order.
+    def writer(
+        self, size_hint: int | None = None, durability: Durability = "always"
+    ) -> PayloadWriter:
+        """Return a writer for a payload of about ``size_hint`` bytes, for an event or snapshot of
+        this durability."""
 
-        Returns only when every accepted event survives what its durability promises, and is seen by
-        every call that begins afterwards. An event is accepted if and only if
+    def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+        """Commit each event on its own, in order; the future has one outcome per event.
+
+        The future ends when every accepted event survives what its durability promises (``memory``:
+        its ``create`` and the latest snapshot do), and every call that begins afterwards sees
+        them. Calls that overlap share the work (group commit). An event is accepted if and only if
 
         * its kind is ``create``, its key is new and its lsn is 1; its ``owner_epoch`` becomes the
           session's current one; or
-        * its key exists, its ``owner_epoch`` is the current one and its lsn is last + 1;
+        * its key exists, its ``owner_epoch`` is the current one and its lsn is last + 1; or
+        * its kind is ``rewind``, its key exists, its ``owner_epoch`` is the current one and its lsn
+          is in [2, last + 1]: the events and snapshots from that lsn on are dropped with it, in one
+          commit, and the session is no longer suspect;
 
-        and its record is strict JSON. One refused event takes no other down, of its session or of
-        another, except by the gap that it leaves. Of several racing appends of the same lsn
+        and its record and about are strict JSON, and its session is not suspect unless it is a
+        ``rewind``. An event whose durability is not ``memory`` after some that were needs a
+        snapshot of the last of them first. One refused event takes no other down, of its session or
+        of another, except by the gap that it leaves. Of several racing appends of the same lsn
         exactly one is accepted. Later changes to ``record`` by the caller do not reach the store.
         """
+
+    def append(self, events: Sequence[Event]) -> list[Outcome]:
+        """Wait for :meth:`submit`."""
 
     def claim(self, key: Key) -> int:
         """Return an ``owner_epoch`` above every one that this store has given or accepted.
@@ -164,26 +235,41 @@ class Store(Protocol):
         after_lsn: int = 0,
         upto_lsn: int | None = None,
         kinds: Collection[str] | None = None,
+        *,
+        payloads: bool = True,
     ) -> Iterator[Event]:
         """Yield the committed events with ``after_lsn < lsn <= upto_lsn``, by lsn.
 
         Those that were committed when this was called, and no later ones; nothing for a key that
         does not exist. Rows below the retained ones are missing; the payload of an event at or
-        below the older of two snapshots is None.
+        below the older of two snapshots is None, and of every event without ``payloads``.
         """
 
-    def snapshot(self, key: Key, lsn: int, chunks: Iterable[BytesLike]) -> None:
-        """Keep ``chunks`` as the state after event ``lsn``; return when it can be read back.
+    def first_at(self, key: Key, version: int) -> int | None:
+        """Return the lsn of the first kept event whose version is at least ``version``, or None."""
 
-        The two snapshots with the highest lsn are kept; one of the same lsn is replaced. Once there
-        are two, the payloads of all events at or below the older one are dropped, and of those
-        events' rows all but the last 100,000 of the journal. Events above the older one stay whole.
-        Raises SessionNotFound for an unknown key and ValueError for an lsn that is not committed;
-        whatever it raises, nothing has changed.
+    def snapshot(self, key: Key, lsn: int, frame: Payload, pin: str | None = None) -> None:
+        """Keep ``frame`` as the state after event ``lsn``; return when it was read back and is as
+        safe as ``always`` promises, whatever the durability of the events.
+
+        The two snapshots with the highest lsn are kept, and those with a ``pin``; one of the same
+        lsn is replaced, but keeps its pin if this has none. Once there are two, the payloads of all
+        events at or below the older of the two are dropped, and of those events' rows all but the
+        last 100,000 of the journal. Events above the older one stay whole. (A pinned one below
+        them has no event payloads behind it: it stands for its own version only.)
+        Raises SessionNotFound for an unknown key, ValueError for an lsn that is not committed,
+        Damaged if the frame does not read back; whatever it raises, nothing has changed and the
+        frame is given up.
         """
 
-    def latest_snapshot(self, key: Key, upto_lsn: int | None = None) -> tuple[int, Payload] | None:
-        """Return ``(lsn, frame)`` of the newest kept snapshot with ``lsn <= upto_lsn``, or None."""
+    def unpin(self, key: Key, lsn: int) -> bool:
+        """Let a pinned snapshot go as any other; return whether there was one."""
+
+    def snapshots(self, key: Key) -> list[SnapshotRow]:
+        """Return the kept snapshots, by lsn."""
+
+    def read_snapshot(self, key: Key, lsn: int) -> Payload | None:
+        """Return the frame of the kept snapshot of exactly this lsn, or None."""
 
     def delete(self, key: Key) -> bool:
         """Forget the journal, payloads and snapshots of ``key``; return whether there were any.
@@ -191,14 +277,22 @@ class Store(Protocol):
         The key can then be created again, from lsn 1.
         """
 
-    def keys(self, tenant: str) -> list[Key]:
-        """Return the keys of a tenant, in the order of their creation."""
+    def sessions(self) -> list[SessionRow]:
+        """Return the rows of all sessions of all tenants, in the order of their creation."""
+
+    def session(self, key: Key) -> SessionRow | None:
+        """Return the row of one session."""
 
     def close(self) -> None:
-        """Release everything. May be called twice; other calls raise Unavailable from then on."""
+        """Finish what was submitted and release everything.
+
+        May be called twice; other calls raise Unavailable from then on.
+        """
 
 
-def refusal(event: Event, last_lsn: int | None, owner_epoch: int) -> OptserveError | None:
+def refusal(
+    event: Event, last_lsn: int | None, owner_epoch: int, suspect: bool = False
+) -> OptserveError | None:
     """Return why ``event`` cannot follow a journal that ends at ``last_lsn`` (None: no journal)."""
     name = event.key.session
     if event.kind == "create" and last_lsn is not None:
@@ -211,6 +305,13 @@ def refusal(event: Event, last_lsn: int | None, owner_epoch: int) -> OptserveErr
             f"the current one is {owner_epoch}"
         )
     last = last_lsn or 0
+    if event.kind == "rewind" and 2 <= event.lsn <= last + 1:
+        return None
+    if suspect:
+        return Internal(
+            f"event {event.lsn} of session {name!r} must be a rewind: "
+            "acknowledged events before it may be gone"
+        )
     if event.lsn != last + 1:
         return Internal(
             f"event of session {name!r} has lsn {event.lsn}, expected {last + 1} "

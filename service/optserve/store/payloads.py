@@ -12,13 +12,13 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
 
-from optserve.store.base import CHUNK_BYTES, BytesLike
-from optserve_client.errors import Unavailable
+from optserve.store.base import CHUNK_BYTES, BytesLike, Payload
+from optserve_client.errors import Damaged, Unavailable
 
 #: Payloads up to this size stay in memory.
 INLINE_BYTES = 64 * 2**10
@@ -55,14 +55,53 @@ class InlinePayload:
         return len(self._data)
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        self._check()
         whole = memoryview(self._data)
         return (whole[at : at + size] for at in range(0, len(whole), size))
 
     def read(self) -> bytes:
+        self._check()
         return self._data
+
+    def _check(self) -> None:
+        """The bytes may come from a table."""
+        if xxhash.xxh3_128_digest(self._data) != self.digest:
+            raise Damaged(f"a payload of {self.nbytes} bytes does not have its digest")
 
     def discard(self) -> None:
         """Nothing to do: the bytes go with the last reference."""
+
+
+def checked(
+    pread: Callable[[int, int], bytes], nbytes: int, digest: bytes, what: str, size: int
+) -> Iterator[memoryview]:
+    """Yield what ``pread(length, offset)`` finds; ``what`` names it in the sentence of a Damaged.
+
+    The bytes are compared with ``digest`` before the last piece goes out, so whoever counts the
+    bytes and stops there is told too.
+    """
+    seen, at = xxhash.xxh3_128(), 0
+    while at < nbytes:
+        piece = pread(min(size, nbytes - at), at)
+        if not piece:
+            raise Damaged(f"{what} ends after {at} of {nbytes} bytes")
+        seen.update(piece)
+        at += len(piece)
+        if at == nbytes and seen.digest() != digest:
+            raise Damaged(f"{what} does not have its digest")
+        yield memoryview(piece)
+
+
+def checked_whole(
+    pread: Callable[[int, int], bytes], nbytes: int, digest: bytes, what: str
+) -> bytes:
+    """Return all bytes in one block: a hundred pieces would leave holes in the heap behind."""
+    whole = pread(nbytes, 0)
+    if len(whole) < nbytes:  # Linux reads at most 2 GiB at once
+        return b"".join(checked(pread, nbytes, digest, what, CHUNK_BYTES))
+    if xxhash.xxh3_128_digest(whole) != digest:
+        raise Damaged(f"{what} does not have its digest")
+    return whole
 
 
 class SpooledPayload:
@@ -77,33 +116,31 @@ class SpooledPayload:
         self.digest = digest
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        at = 0
-        while at < self.nbytes:
-            piece = os.pread(self._segment.fd, min(size, self.nbytes - at), self._begin + at)
-            if not piece:
-                raise Unavailable(f"a spooled payload ends after {at} of {self.nbytes} bytes")
-            yield memoryview(piece)
-            at += len(piece)
+        return checked(self._pread, self.nbytes, self.digest, "a spooled payload", size)
 
     def read(self) -> bytes:
-        # One block of the right size: a hundred pieces would leave holes in the heap behind.
-        whole = os.pread(self._segment.fd, self.nbytes, self._begin)
-        # Linux reads at most 2 GiB at once.
-        return whole if len(whole) == self.nbytes else b"".join(self.chunks())
+        return checked_whole(self._pread, self.nbytes, self.digest, "a spooled payload")
+
+    def _pread(self, nbytes: int, at: int) -> bytes:
+        try:
+            return os.pread(self._segment.fd, nbytes, self._begin + at)
+        except OSError as exc:
+            raise Damaged(f"a spooled payload cannot be read: {exc.strerror}") from exc
 
     def discard(self) -> None:
         """Nothing to do: the segment goes with its last payload."""
 
 
-class SpoolWriter:
-    """Hashes and keeps bytes as they arrive; see :class:`optserve.store.base.PayloadWriter`."""
+class BufferedWriter:
+    """Hashes bytes as they arrive, and keeps them in memory as long as they are few.
 
-    def __init__(self, spool: Spool, size_hint: int) -> None:
-        self._spool = spool
+    See :class:`optserve.store.base.PayloadWriter`. A subclass says where many go.
+    """
+
+    def __init__(self, size_hint: int) -> None:
         self._hash = xxhash.xxh3_128()
         self._buffer = bytearray()
-        self._segment: Segment | None = None
-        self._begin = 0
+        self._begun = False
         self._open = True
         self._size_hint = size_hint
         self.nbytes = 0
@@ -116,19 +153,75 @@ class SpoolWriter:
             return  # cast() refuses a view without elements
         piece = piece.cast("B")
         self._hash.update(piece)
-        if self._segment is None and max(self.nbytes + len(piece), self._size_hint) > INLINE_BYTES:
-            self._segment = self._spool.take_segment(self._size_hint)
-            self._begin = self._segment.end
-            buffered, self._buffer = self._buffer, bytearray()
-            self._put(memoryview(buffered), self._begin)
-        if self._segment is None:
+        if not self._begun and max(self.nbytes + len(piece), self._size_hint) <= INLINE_BYTES:
             self._buffer += piece
         else:
-            self._put(piece, self._begin + self.nbytes)
+            self._put_large(piece)
         self.nbytes += len(piece)
 
+    def _put_large(self, piece: memoryview) -> None:
+        try:
+            if not self._begun:
+                self._begin()
+                self._begun = True
+                buffered, self._buffer = self._buffer, bytearray()
+                self._put(memoryview(buffered), 0)
+            self._put(piece, self.nbytes)
+        except BaseException:
+            self.discard()  # a payload with a hole must not be sealed
+            raise
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+    def seal(self) -> Payload:
+        if not self._open:
+            raise ValueError("the payload is sealed or discarded")
+        self._open = False
+        if self._begun:
+            return self._finish()
+        data, self._buffer = bytes(self._buffer), bytearray()
+        return InlinePayload(data, self.digest())
+
+    def discard(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._buffer = bytearray()
+        if self._begun:
+            self._drop()
+
+    def _begin(self) -> None:
+        """Make the place for a large payload."""
+        raise NotImplementedError
+
     def _put(self, piece: memoryview, at: int) -> None:
-        assert self._segment is not None
+        """Write all of ``piece``, which comes ``at`` bytes after the payload's first."""
+        raise NotImplementedError
+
+    def _finish(self) -> Payload:
+        """Return the payload; every byte was put."""
+        raise NotImplementedError
+
+    def _drop(self) -> None:
+        """Give back what :meth:`_begin` made."""
+        raise NotImplementedError
+
+
+class SpoolWriter(BufferedWriter):
+    """Writes a large payload to the end of a segment."""
+
+    _segment: Segment
+
+    def __init__(self, spool: Spool, size_hint: int) -> None:
+        super().__init__(size_hint)
+        self._spool = spool
+
+    def _begin(self) -> None:
+        self._segment = self._spool.take_segment(self._size_hint)
+
+    def _put(self, piece: memoryview, at: int) -> None:
+        at += self._segment.end
         try:
             while piece:
                 written = os.pwrite(self._segment.fd, piece, at)
@@ -136,33 +229,20 @@ class SpoolWriter:
         except OSError as exc:
             raise Unavailable(f"the spool takes no more bytes: {exc.strerror}") from exc
 
-    def digest(self) -> bytes:
-        return self._hash.digest()
-
-    def seal(self) -> InlinePayload | SpooledPayload:
-        if not self._open:
-            raise ValueError("the payload is sealed or discarded")
-        self._open = False
-        if self._segment is None:
-            data, self._buffer = bytes(self._buffer), bytearray()
-            return InlinePayload(data, self.digest())
-        payload = SpooledPayload(self._segment, self._begin, self.nbytes, self.digest())
-        self._segment.end = self._begin + self.nbytes
+    def _finish(self) -> SpooledPayload:
+        segment = self._segment
+        payload = SpooledPayload(segment, segment.end, self.nbytes, self.digest())
+        segment.end += self.nbytes
         self._hand_back()
         return payload
 
-    def discard(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self._buffer = bytearray()
-        if self._segment is not None:
-            os.ftruncate(self._segment.fd, self._begin)
-            self._hand_back()
+    def _drop(self) -> None:
+        os.ftruncate(self._segment.fd, self._segment.end)
+        self._hand_back()
 
     def _hand_back(self) -> None:
-        segment, self._segment = self._segment, None
-        assert segment is not None
+        segment = self._segment
+        del self._segment  # the payload alone keeps it alive
         self._spool.put_segment(segment)
 
 

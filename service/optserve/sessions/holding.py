@@ -1,0 +1,175 @@
+"""One session's numbers in memory: read back at first use, dropped after a failure, put away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from optserve.optim.arena import GradientPool
+from optserve.sessions import describe
+from optserve.sessions.past import Past
+from optserve.sessions.published import Published
+from optserve.sessions.recovery import read_back
+from optserve.sessions.residency import Residents
+from optserve.sessions.snapshots import Snapshots
+from optserve.sessions.state import SessionState
+from optserve.sessions.step import Expected
+from optserve.sessions.turn import Executor
+from optserve.sessions.weights import publish
+from optserve.store.base import SessionRow, Store
+
+#: A session that is put away gets a snapshot if replay would take longer than this.
+PUT_AWAY_REPLAY_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Home:
+    """What the sessions of a server share."""
+
+    store: Store
+    #: The threads that compute.
+    executor: Executor
+    #: Where snapshots are made durable.
+    background: Executor
+    residents: Residents
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a step of the session must look like, and buffers of that shape."""
+
+    expected: Expected
+    pool: GradientPool
+
+
+class Holding:
+    """The state of one session, or none, and what is known of it all the same.
+
+    Everything but ``row`` and ``shape`` is used under the session's turn.
+    """
+
+    def __init__(
+        self, home: Home, row: SessionRow, state: SessionState | None, owner_epoch: int | None
+    ) -> None:
+        """``state`` None: it is read back at first use; ``owner_epoch`` None: claimed then."""
+        self.row = row
+        #: None: the session was never read back by this process.
+        self.shape: Shape | None = None
+        #: Config, dtype and shapes as created; known with ``shape``.
+        self.origin: Mapping[str, Any] = {}
+        #: The live params of the current version, if somebody wanted them.
+        self.published: Published | None = None
+        self.snapshots = Snapshots(home.store, row.key, home.background)
+        self.past = Past(home.store, row.key)
+        self._home = home
+        self._owner_epoch = owner_epoch
+        self._state: SessionState | None = None
+        self._nbytes = 0
+        if state is not None:
+            self._adopt(state)
+
+    @property
+    def owner_epoch(self) -> int:
+        return self._owner_epoch or 0
+
+    def known_shape(self) -> Shape:
+        assert self.shape is not None, "the session was not loaded"
+        return self.shape
+
+    def known_origin(self) -> Mapping[str, Any]:
+        assert self.shape is not None, "the session was not loaded"
+        return self.origin
+
+    def loaded(self, put_away: Callable[[], bool]) -> SessionState:
+        """Return the state; read it back first if need be, when others made room for it."""
+        key, residents = self.row.key, self._home.residents
+        if self._state is None:
+            residents.admit(key, self.row.about["resident_bytes"], put_away)
+            try:
+                if self._owner_epoch is None:
+                    self._owner_epoch = self._home.store.claim(key)
+                self._adopt(read_back(self._home.store, self.row, self._owner_epoch))
+            except BaseException:
+                residents.release(key)
+                raise
+        residents.used(key)
+        assert self._state is not None
+        return self._state
+
+    def _adopt(self, state: SessionState) -> None:
+        self._state = state
+        self.measure(state)
+        self.show(state)
+
+    def measure(self, state: SessionState) -> None:
+        """Note what the session takes in memory, where it may have grown."""
+        self._nbytes = state.engine.nbytes()
+        self._home.residents.adjust(self.row.key, self._nbytes)
+
+    def news(self, state: SessionState) -> dict[str, Any] | None:
+        """Return what is known of the session if a commit changes it."""
+        about = describe.about(state, self._nbytes)
+        return about if about != self.row.about else None
+
+    def show(self, state: SessionState) -> None:
+        """Make the last commit visible to those who do not wait for a turn."""
+        self.origin = state.origin
+        # One assignment each: who reads while another thread commits sees all of it or nothing.
+        self.shape = Shape(
+            Expected(layout=state.layout, sparse=state.engine.recipe.sparse), state.engine.pool
+        )
+        self.row = SessionRow(
+            key=self.row.key,
+            last_lsn=state.lsn,
+            version=state.version,
+            updates=state.updates,
+            created=state.created,
+            changed=state.changed,
+            about=describe.about(state, self._nbytes),
+            durability=state.config["durability"],
+        )
+
+    def publish(self, state: SessionState, weights: str) -> Published:
+        """Return a read-only copy of weights; of live ones, one copy per version."""
+        if weights == "eval" and state.engine.entry.eval_weights:
+            with self.changing():  # these classes change their params to and fro
+                return publish(state, weights)
+        if weights != "live":
+            return publish(state, weights)
+        if self.published is None:
+            self.published = publish(state, "live")
+        return self.published
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Whatever raises in here may have left numbers half-changed: the journal knows better."""
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise
+
+    def drop(self) -> None:
+        """Forget the state as it is; the next use reads it back."""
+        self._state = self.published = None
+
+    def put_away(self) -> None:
+        """Free the memory; raises where the journal alone would lose something."""
+        state = self._state
+        if state is None:
+            return
+        if self.snapshots.behind and state.config["durability"] == "memory":
+            self.snapshots.write(state)
+        elif self.snapshots.replay_s > PUT_AWAY_REPLAY_S:
+            self.snapshots.begin(state)
+        shape = self.known_shape()
+        self.shape = Shape(shape.expected, GradientPool(shape.pool.layout))
+        self.drop()
+        self._home.residents.release(self.row.key)
+
+    def write_snapshot(self) -> None:
+        """Write a snapshot if anything was committed since the last one."""
+        if self._state is not None and self.snapshots.behind:
+            self.snapshots.write(self._state)

@@ -1,0 +1,102 @@
+"""When a session writes a snapshot, and how it goes on meanwhile."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import structlog
+
+from optserve.sessions.replay import write_frame
+from optserve.sessions.state import SessionState
+from optserve.sessions.turn import Executor
+from optserve.store import Event, Key, Payload, Store
+
+log = structlog.get_logger(__name__)
+
+#: A snapshot is written when replay would take longer than this and than so many times what reading
+#: the snapshot takes, or read more events than this, or more bytes than this and four times an
+#: Adam's state.
+REPLAY_S = 2.0
+REPLAY_READS = 4
+REPLAY_EVENTS = 10_000
+REPLAY_BYTES = 4 * 2**20
+#: About what a frame is read and decoded with.
+READ_BYTES_S = 500e6
+
+
+class Snapshots:
+    """The snapshots of one session. Called under its turn, but for :meth:`wait`.
+
+    The frame is written from live memory, between two steps; the store makes it durable and reads
+    it back on a thread of ``background`` while the session goes on.
+    """
+
+    def __init__(self, store: Store, key: Key, background: Executor) -> None:
+        self._store = store
+        self._key = key
+        self._background = background
+        self._keeping: Future[None] | None = None
+        self._events = self._bytes = 0
+        self._seconds = 0.0
+
+    @property
+    def behind(self) -> bool:
+        """Whether anything was committed since the last one was begun."""
+        return self._events > 0
+
+    @property
+    def replay_s(self) -> float:
+        """About how long replay would take."""
+        return self._seconds
+
+    def count(self, event: Event, seconds: float) -> None:
+        """Note one committed event, which took so long to apply."""
+        self._events += 1
+        self._bytes += event.payload.nbytes if event.payload is not None else 0
+        self._seconds += seconds
+
+    def write_if_due(self, state: SessionState) -> None:
+        """Begin a snapshot if replay became too long and none is under way."""
+        under_way = self._keeping is not None and not self._keeping.done()
+        if under_way or not self._due(state.layout.nbytes):
+            return
+        try:
+            self._keeping = self.begin(state)
+        except Exception:
+            # The event is committed, and its request must not hear that it failed.
+            log.exception("no snapshot was written", session=self._key.session)
+
+    def _due(self, nbytes: int) -> bool:
+        read_s = 3 * nbytes / READ_BYTES_S
+        return (
+            self._events >= REPLAY_EVENTS
+            or self._bytes >= max(REPLAY_BYTES, 4 * 3 * nbytes)
+            or self._seconds >= max(REPLAY_S, REPLAY_READS * read_s)
+        )
+
+    def begin(self, state: SessionState) -> Future[None]:
+        """Write the frame now; the future ends when it is kept. A failure is logged too."""
+        self._events = self._bytes = 0
+        self._seconds = 0.0
+        frame, lsn = write_frame(self._store, state.frame()), state.lsn
+        return self._background.submit(lambda: self._keep(lsn, frame))
+
+    def _keep(self, lsn: int, frame: Payload) -> None:
+        try:
+            self._store.snapshot(self._key, lsn, frame)
+        except Exception:
+            log.exception("no snapshot was kept", session=self._key.session, lsn=lsn)
+            raise
+
+    def write(self, state: SessionState) -> None:
+        """Write a snapshot and return when it is kept."""
+        self.wait()
+        frame = write_frame(self._store, state.frame())
+        self._store.snapshot(self._key, state.lsn, frame)
+        self._events = self._bytes = 0
+        self._seconds = 0.0
+
+    def wait(self) -> None:
+        """Wait until none is under way."""
+        if self._keeping is not None:
+            self._keeping.exception()

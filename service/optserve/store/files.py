@@ -1,0 +1,333 @@
+"""Payloads that outlive the process: each large one in a file of its own.
+
+A file counts only as long as a committed row names it, so nothing is ever renamed, and the order
+is all there is to it: bytes and directory entry are durable before the row commits, and the file
+goes after the commit that dropped the row. What a crash leaves between the two, ``sweep`` removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import structlog
+
+from optserve.store.base import CHUNK_BYTES, Durability, Payload
+from optserve.store.disk import DirectorySync, Disk, OsDisk
+from optserve.store.held import HeldFile, unlink
+from optserve.store.payloads import INLINE_BYTES, BufferedWriter, Spool, checked, checked_whole
+from optserve_client.errors import Damaged, OptserveError, OutOfSpace, Unavailable
+
+__all__ = ["INLINE_BYTES", "Disk", "FilePayload", "FileWriter", "OsDisk", "PayloadFiles"]
+
+log = structlog.get_logger(__name__)
+
+#: Files that are synced at the same time.
+SYNC_THREADS = 4
+#: The medium is told to begin each time that this much was written: of 100 MB, the sync at the end
+#: then has a quarter left to do.
+WRITE_BACK_BYTES = 8 * 2**20
+
+
+class PayloadFiles:
+    """The directory of the payload files. Any thread may call any method.
+
+    One process at a time uses a directory; the store sees to that.
+    """
+
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+        """Make ``directory`` if it is missing. Raises OSError."""
+        self.directory = directory
+        self.disk = disk or OsDisk()
+        self.disk.make_directory(directory)
+        self._entries = DirectorySync(self.disk, directory)
+        self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="payload-sync")
+        self._lock = threading.Lock()
+        #: Files that somebody in this process holds.
+        self._held: weakref.WeakValueDictionary[str, HeldFile] = weakref.WeakValueDictionary()
+        #: Names of files that were sealed without a sync.
+        self._unsynced: set[str] = set()
+        self._spool: Spool | None = None
+        self._closed = False
+        # Tells the files of this object from all others: ``sweep`` leaves them alone.
+        self._prefix = secrets.token_hex(12)
+        self._numbers = count()
+
+    def writer(self, size_hint: int | None, durability: Durability) -> BufferedWriter:
+        """Return a writer whose ``seal`` starts the sync if ``durability`` is ``always``.
+
+        A payload of up to 64 KiB stays in memory, and one whose durability is ``memory`` gets no
+        name in the directory.
+        """
+        self._check_open()
+        if durability != "memory":
+            return FileWriter(self, size_hint or 0, durability)
+        with self._lock:
+            self._spool = self._spool or Spool()
+        return self._spool.writer(size_hint)
+
+    def create(self) -> HeldFile:
+        """Return a new, empty file that its writer holds. Raises OSError."""
+        self._check_open()
+        name = f"{self._prefix}{next(self._numbers):08x}"
+        file = HeldFile(self.disk, self.directory / name, self._entries.ended)
+        file.create()
+        with self._lock:
+            self._held[name] = file
+        return file
+
+    def sealed(self, file: HeldFile, durability: Durability) -> None:
+        """Take over a file that its writer has finished. Raises Unavailable after close."""
+        if durability == "always":
+            self._settling(file)
+        else:
+            self._unsynced.add(file.name)
+        file.keep()
+
+    def open(self, name: str, nbytes: int, digest: bytes) -> FilePayload:
+        """Return the payload that a row names.
+
+        Raises Damaged if the file is missing or has another length. From here on the bytes stay as
+        long as the payload is held, whatever is removed. One that was removed just before this
+        call is missing: read the row again before you believe it.
+        """
+        self._check_open()
+        with self._lock:
+            if (file := self._held.get(name)) is None:
+                file = self._held[name] = HeldFile(self.disk, self.directory / name, born=0)
+        try:
+            found = self.disk.size(file.path)
+        except OSError as exc:
+            raise Damaged(f"payload file {name} cannot be read: {exc.strerror}") from exc
+        if found != nbytes:
+            raise Damaged(f"payload file {name} has {found} bytes, expected {nbytes}")
+        return FilePayload(self, file, nbytes, digest)
+
+    def settle(self, payload: Payload) -> None:
+        """Return when the bytes and the name of ``payload`` are durable: now a row may name it.
+
+        Raises OutOfSpace or Unavailable if the medium refuses, then and each time that it is asked
+        again: what could not be written once counts as lost, whatever a second sync would say.
+        """
+        if not isinstance(payload, FilePayload):
+            return
+        if error := self._settling(payload.file).result():
+            raise refused(error, f"cannot sync a payload of {payload.nbytes} bytes") from error
+        self._unsynced.discard(payload.name)
+
+    def flush(self) -> None:
+        """Return when every file that was sealed without a sync is durable too.
+
+        Raises OutOfSpace or Unavailable; then some are not, and will not be.
+        """
+        for name in tuple(self._unsynced):
+            with self._lock:
+                if (file := self._held.get(name)) is None:
+                    file = self._held[name] = HeldFile(self.disk, self.directory / name, born=0)
+            error = self._settling(file).result()
+            # A missing one was discarded, or reading tells.
+            if error is not None and error.errno != errno.ENOENT:
+                raise refused(error, "cannot sync the payloads") from error
+            self._unsynced.discard(name)
+
+    def _settling(self, file: HeldFile) -> Future[OSError | None]:
+        """Start the sync of ``file``, if nobody has."""
+        with self._lock:
+            self._check_open()
+            if file.settled is None:
+                file.settled = self._pool.submit(self._sync, file)
+            return file.settled
+
+    def _sync(self, file: HeldFile) -> OSError | None:
+        """Make the bytes and the entry of ``file`` durable; return what failed."""
+        try:
+            try:
+                self.disk.datasync(file.hold())
+            finally:
+                file.release()
+            self._entries.sync(file.born)
+        except OSError as exc:
+            log.warning("payload file not synced", name=file.name, error=str(exc))
+            # The traceback would keep the file beyond its last user.
+            return exc.with_traceback(None)
+        return None
+
+    def verify(self, payload: Payload) -> None:
+        """Read ``payload`` from the medium to its end; raises Damaged."""
+        if isinstance(payload, FilePayload):
+            payload.forget()
+        for _ in payload.chunks():
+            pass
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Unlink files, after the commit that dropped their rows.
+
+        What somebody still holds goes with its last holder. What fails is logged, and swept at the
+        next start.
+        """
+        for name in names:
+            self._unsynced.discard(name)
+            if (file := self._held.get(name)) is not None:
+                file.doom()
+            else:
+                unlink(self.disk, self.directory / name)
+
+    def abandon(self, file: HeldFile) -> None:
+        """Unlink a file that no row names, after its sync; does not wait for that."""
+        self._unsynced.discard(file.name)
+        disk, path = self.disk, file.path
+        if file.settled is None:
+            unlink(disk, path)
+        else:
+            file.settled.add_done_callback(lambda _: unlink(disk, path))
+
+    def sweep(self, referenced: Callable[[str], bool]) -> list[str]:
+        """Remove the files that no committed row names, and return their names.
+
+        Those that this object made are left alone: their rows may commit meanwhile.
+        """
+        orphans = [
+            name
+            for name in self.disk.names(self.directory)
+            if not name.startswith(self._prefix) and not referenced(name)
+        ]
+        self.remove(orphans)
+        return orphans
+
+    def close(self) -> None:
+        """Wait for running syncs. Payloads that somebody still holds stay readable."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._pool.shutdown()
+        if self._spool is not None:
+            self._spool.close()
+        for file in list(self._held.values()):
+            file.outlive_name()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the store is closed")
+
+
+class FilePayload:
+    """A payload in a file; see :class:`optserve.store.base.Payload`."""
+
+    __slots__ = ("_files", "digest", "file", "nbytes")
+
+    def __init__(self, files: PayloadFiles, file: HeldFile, nbytes: int, digest: bytes) -> None:
+        self._files = files
+        self.file = file
+        self.nbytes = nbytes
+        self.digest = digest
+
+    @property
+    def name(self) -> str:
+        """What a row calls the file."""
+        return self.file.name
+
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        try:
+            self._hold()
+            yield from checked(self._pread, self.nbytes, self.digest, self._what, size)
+        finally:
+            self.file.release()
+
+    def read(self) -> bytes:
+        try:
+            self._hold()
+            return checked_whole(self._pread, self.nbytes, self.digest, self._what)
+        finally:
+            self.file.release()
+
+    def forget(self) -> None:
+        """Let the next reads come from the medium."""
+        try:
+            self._files.disk.forget(self._hold())
+        finally:
+            self.file.release()
+
+    def discard(self) -> None:
+        self._files.abandon(self.file)
+
+    @property
+    def _what(self) -> str:
+        return f"payload file {self.name}"
+
+    def _hold(self) -> int:
+        """Return the descriptor; release is due even if this raises Damaged."""
+        try:
+            return self.file.hold()
+        except OSError as exc:
+            raise Damaged(f"{self._what} cannot be read: {exc.strerror}") from exc
+
+    def _pread(self, nbytes: int, at: int) -> bytes:
+        try:
+            try:
+                return self._files.disk.pread(self.file.hold(), nbytes, at)
+            finally:
+                self.file.release()
+        except OSError as exc:
+            raise Damaged(f"{self._what} cannot be read at byte {at}: {exc.strerror}") from exc
+
+
+class FileWriter(BufferedWriter):
+    """Writes a large payload to its file as the bytes arrive."""
+
+    _file: HeldFile
+    _fd: int
+
+    def __init__(self, files: PayloadFiles, size_hint: int, durability: Durability) -> None:
+        super().__init__(size_hint)
+        self._files = files
+        self._durability = durability
+        self._written_back = 0
+
+    def _begin(self) -> None:
+        try:
+            self._file = self._files.create()
+        except OSError as exc:
+            raise refused(exc, "cannot make a payload file") from exc
+        self._fd = self._file.hold()
+
+    def _put(self, piece: memoryview, at: int) -> None:
+        disk = self._files.disk
+        try:
+            while piece:
+                written = disk.write(self._fd, piece[:WRITE_BACK_BYTES])
+                piece, at = piece[written:], at + written
+                self._write_back(at)
+        except OSError as exc:
+            raise refused(exc, f"cannot write a payload beyond {at} bytes") from exc
+
+    def _write_back(self, end: int) -> None:
+        begin = self._written_back
+        if self._durability == "always" and end - begin >= WRITE_BACK_BYTES:
+            self._files.disk.write_back(self._fd, begin, end - begin)
+            self._written_back = end
+
+    def _finish(self) -> FilePayload:
+        file = self._file
+        try:
+            self._files.sealed(file, self._durability)
+            return FilePayload(self._files, file, self.nbytes, self.digest())
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let go; a file that was not kept goes."""
+        self._file.release()
+        del self._file
+
+
+def refused(error: OSError, what: str) -> OptserveError:
+    """Return what a caller is told when the medium refuses."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (OutOfSpace if full else Unavailable)(f"{what}: {error.strerror}")

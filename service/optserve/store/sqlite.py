@@ -1,0 +1,146 @@
+"""SQLite in WAL mode: one file beside the data, and nothing to set up."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import uuid
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from optserve.store.database import Connection, Database, Fault
+from optserve_client.errors import Unavailable
+
+BUSY_TIMEOUT_S = 10
+#: Free pages that may stay in the file, and how many go at once.
+FREE_PAGES = 4096
+TIDY_PAGES = 2048
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def machine_boot() -> str:
+    """Name this boot of the machine; a name that never comes back where it has none."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return f"unknown-{uuid.uuid4()}"
+
+
+class Sqlite(Database):
+    """A file. Its ``-wal`` and ``-shm`` belong to it."""
+
+    name = "sqlite"
+    read_mode = ""
+    error = sqlite3.Error
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        engine = sa.create_engine(
+            sa.URL.create("sqlite", database=str(path)),
+            paramstyle="named",
+            pool_size=4,
+            max_overflow=-1,
+            connect_args={"check_same_thread": False, "timeout": BUSY_TIMEOUT_S},
+        )
+        sa.event.listen(engine, "connect", _manual_transactions)
+        super().__init__(engine, f"the database {path}")
+        self._sync: bool | None = None
+
+    def connect(self) -> Connection:
+        driver: Any = self._driver()
+        try:
+            self._recover(driver)
+        except BaseException:
+            driver.close()
+            raise
+        self._sync = None
+        return Connection(driver)
+
+    def _driver(self) -> Any:
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        # Outside the pool, which would call it sound again after an error.
+        driver = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        if new:  # takes effect before the first table only
+            driver.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        [mode] = driver.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise Unavailable(f"{self.where} cannot be in WAL mode here, only in {mode!r}")
+        if new:
+            sync_directory(self.path.parent)
+        return driver
+
+    def _recover(self, driver: Any) -> None:
+        """Bring the whole log into the database, and begin an empty one.
+
+        After a failed sync the kernel may call pages clean that never reached the disk: the next
+        sync would succeed without them. Copying writes all of them anew.
+        """
+        driver.execute("PRAGMA synchronous=FULL")
+        busy, _, _ = driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise Unavailable(f"{self.where} is being read; its log cannot be emptied")
+        # The old log must not come back: part of it is older than the database now.
+        log = Path(f"{self.path}-wal")
+        if log.exists():
+            fd = os.open(log, os.O_RDWR)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def begin(self, writer: Connection, sync: bool) -> None:
+        if sync is not self._sync:
+            writer.driver.execute(f"PRAGMA synchronous={'FULL' if sync else 'NORMAL'}")
+            self._sync = sync
+        writer.driver.execute("BEGIN IMMEDIATE")
+
+    def settle(self) -> None:
+        self._recover(self.writer.driver)
+
+    def tidy(self) -> None:
+        driver = self.writer.driver
+        [free] = driver.execute("PRAGMA freelist_count").fetchone()
+        if free > FREE_PAGES:
+            driver.execute(f"PRAGMA incremental_vacuum({min(free - FREE_PAGES, TIDY_PAGES)})")
+
+    def boot(self) -> str:
+        return machine_boot()
+
+    def fault(self, exc: BaseException) -> Fault:
+        if isinstance(exc, (OverflowError, UnicodeError)):
+            return "value"
+        code = getattr(exc, "sqlite_errorcode", None)
+        if code is None:
+            # The module's own refusals of a value carry no code.
+            return "value" if isinstance(exc, (sqlite3.Error, TypeError)) else "broken"
+        match code & 0xFF:
+            case sqlite3.SQLITE_FULL:
+                return "full"
+            case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+                return "damaged"
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                return "busy"
+            case sqlite3.SQLITE_TOOBIG | sqlite3.SQLITE_MISMATCH | sqlite3.SQLITE_CONSTRAINT:
+                return "value"
+        return "broken"
+
+
+def _manual_transactions(driver: Any, _: object) -> None:
+    """Leave BEGIN to us: the module would begin none where only reads follow."""
+    driver.isolation_level = None
+    driver.execute("PRAGMA query_only=ON")
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
