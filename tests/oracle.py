@@ -8,6 +8,7 @@ with torch's classes over plain Parameters, and compares state files with it bit
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -70,7 +71,7 @@ class Twin:
         self.shapes = {n: tuple(p.shape) for n, p in self.leaves.items()}
         entry = catalogue.find(body["optimizer"]["name"])
         hyper = {k: v for k, v in body["optimizer"].items() if k != "name"}
-        flag = {} if entry.impls == ("single",) else _FLAGS[impl]
+        flag = {} if entry.impls == ("single",) else _FLAGS.get(impl, {})
         self.optimizer = resolve(entry.source)(
             self._groups(body), **{**entry.defaults, **hyper, **entry.fixed, **flag}
         )
@@ -114,6 +115,16 @@ class Twin:
         self.scheduler = getattr(torchs, spec["name"])(self.optimizer, **arguments)
         self._automatic = spec.get("advance") == "step"
         self._monitor = spec.get("monitor")
+
+    def copied(self) -> Twin:
+        """Return an independent twin in the same state."""
+        memo: dict[int, Any] = {}
+        made = copy.deepcopy(self, memo)
+        # Optimizers copy state and groups only, not what else their __init__ makes.
+        for key, value in vars(self.optimizer).items():
+            if key != "step" and key not in vars(made.optimizer):
+                setattr(made.optimizer, key, copy.deepcopy(value, memo))
+        return made
 
     # --- changes ---------------------------------------------------------------------------------
 
@@ -186,7 +197,10 @@ class Twin:
             self.best = {n: p.detach().clone() for n, p in self.leaves.items()}
 
     def advance(self, metrics: float | None) -> None:
-        self.scheduler.step(*([] if metrics is None else [metrics]))
+        with warnings.catch_warnings():
+            # torch's advice to step the optimizer first; sessions may be asked not to.
+            warnings.simplefilter("ignore", UserWarning)
+            self.scheduler.step(*([] if metrics is None else [metrics]))
 
     def fill(self, params: Tensors) -> None:
         with torch.no_grad():
@@ -366,7 +380,7 @@ class Tree:
             if node.parent is not None:
                 parent = id(node.parent)
                 waiting[parent] -= 1
-                twin = copy.deepcopy(at[parent]) if waiting[parent] else at.pop(parent)
+                twin = at[parent].copied() if waiting[parent] else at.pop(parent)
                 node.change.apply(twin, node.before)
                 at[id(node)] = twin
             for exported in node.exports:

@@ -130,7 +130,7 @@ class ServerProcess:
         if data_dir is None and "--data-dir" not in flags and _DATA_DIR:  # INTERIM
             self._own_dir = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             variables.setdefault("OPTSERVE_DATA_DIR", self._own_dir.name)
-        elif data_dir is not None:
+        elif data_dir is not None and _DATA_DIR:
             flags = (*flags, "--data-dir", str(data_dir))
         self._stderr = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed on exit
         launch = launch or execute(prefix, pass_fds, preexec)

@@ -6,12 +6,12 @@
 
 ``client.py`` has :class:`Client`, ``session.py`` :class:`Session`, ``aio.py`` their twins for
 asyncio, and ``torch.py`` a ``torch.optim.Optimizer``. Below them ``_calls.py`` knows the API,
-``_protocol.py`` decides what is sent and sent again, ``_transport.py`` moves the bytes, and
-``wire.py`` turns named arrays into bytes and back.
+``_protocol.py`` decides what is sent and ``_exchange.py`` when it is sent again, ``_transport.py``
+moves the bytes, and ``wire.py`` turns named arrays into bytes and back.
 """
 
 from optserve_client import errors, wire
-from optserve_client._protocol import Retry
+from optserve_client._exchange import Retry
 from optserve_client._values import Page, Params, Sparse, StepResult
 from optserve_client.aio import AsyncClient, AsyncSession
 from optserve_client.client import Client

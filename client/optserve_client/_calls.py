@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,76 +10,12 @@ from urllib.parse import quote
 import numpy as np
 
 from optserve_client import errors, wire
+from optserve_client._arguments import array, condition, given, integer, mapping, param_tensors
 from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
 from optserve_client._values import Json, Page, Params, Sparse, StepResult
 
 T = TypeVar("T")
-
-
-def array(value: Any, what: str, dtype: str | None = None) -> wire.Tensor:
-    """Return ``value`` as a tensor, which messages call ``what``.
-
-    An array keeps its dtype. Numbers and lists have none: they become ``dtype``, which is float32
-    if it is not known, as in JSON.
-    """
-    if isinstance(value, wire.Bits):
-        return value
-    if not isinstance(value, (list, tuple, int, float)) or isinstance(value, (bool, np.generic)):
-        return np.asarray(value)
-    try:
-        numbers = np.asarray(value, np.float64).tolist()
-    except (TypeError, ValueError) as exc:
-        raise errors.Invalid(f"{what} must be numbers in lists of equal lengths: {exc}") from exc
-    return wire.tensor_from_json(numbers, what, wire.dtype_tag(dtype or "float32"))
-
-
-def mapping(value: Any, what: str) -> Mapping[str, Any]:
-    """Return ``value`` if it maps names to something, else say that it should."""
-    if not isinstance(value, Mapping):
-        kind = type(value).__name__
-        raise TypeError(f'{what} must map names to arrays, such as {{"w": array}}, got {kind}')
-    return value
-
-
-def dtype_of(info: Mapping[str, Any]) -> str | None:
-    """Return the dtype of a session from what the server said of it, if it did."""
-    dtype = info.get("dtype")
-    return dtype if isinstance(dtype, str) else None
-
-
-def given(**fields: Any) -> Json:
-    """Return the fields that are not None; a trailing underscore is dropped."""
-    return {key.rstrip("_"): value for key, value in fields.items() if value is not None}
-
-
-def step_fields(returns: str, flags: Mapping[str, bool], **fields: Any) -> Json:
-    """Return the fields of a step. A loss or metric that is not finite is left out."""
-    if not _finite(fields["loss"]):
-        fields["loss"] = None
-    if fields["metrics"] is not None:
-        fields["metrics"] = finite_metrics(fields["metrics"]) or None
-    set_flags = {name: True for name, flag in flags.items() if flag}
-    return given(**fields, return_=None if returns == "params" else returns) | set_flags
-
-
-def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if _finite(value)}
-
-
-def _finite(value: Any) -> bool:
-    """Return False for a NaN or Infinity; what is no number is for the server to refuse."""
-    try:
-        return math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        return True
-
-
-def param_tensors(
-    params: Mapping[str, Any], dtype: str | None = None, what: str = "params"
-) -> dict[str, wire.Tensor]:
-    named = mapping(params, what)
-    return {f"param/{name}": array(v, f"{what}[{name!r}]", dtype) for name, v in named.items()}
 
 
 def new_id() -> str:
@@ -269,13 +203,8 @@ def put_params(
         "params",
         given(abandon=abandon or None),
         tensors=param_tensors(values, dtype),
-        headers=_condition(if_match),
+        headers=condition(if_match),
     )
-
-
-def _condition(if_match: Params | str | None) -> dict[str, str]:
-    etag = if_match.etag if isinstance(if_match, Params) else if_match
-    return {} if etag is None else {"If-Match": etag}
 
 
 def edit(
@@ -322,23 +251,15 @@ def rollback(
     session_id: str, version: int, if_match: Params | str | None, abandon: bool
 ) -> Call[Json]:
     fields = given(version=version, abandon=abandon or None)
-    return edit(session_id, "POST", "rollback", fields, headers=_condition(if_match))
+    return edit(session_id, "POST", "rollback", fields, headers=condition(if_match))
 
 
 def pin(session_id: str, version: int, name: str | None) -> Call[Json]:
-    return edit(session_id, "POST", f"versions/{_version(version)}/pin", given(name=name))
+    return edit(session_id, "POST", f"versions/{integer(version, 'version')}/pin", given(name=name))
 
 
 def unpin(session_id: str, version: int) -> Call[Json]:
-    return edit(session_id, "DELETE", f"versions/{_version(version)}/pin", None)
-
-
-def _version(version: int) -> int:
-    """Return ``version``, which becomes a part of a path."""
-    try:
-        return operator.index(version)
-    except TypeError:
-        raise TypeError(f"version must be an integer, got {version!r:.80}") from None
+    return edit(session_id, "DELETE", f"versions/{integer(version, 'version')}/pin", None)
 
 
 def delete(session_id: str) -> Call[None]:

@@ -9,9 +9,10 @@ from typing import Any, Literal, Self, TypeVar
 
 import httpx
 
-from optserve_client import _calls, wire
+from optserve_client import _arguments, _calls, wire
+from optserve_client._exchange import Retry, Sleep
 from optserve_client._messages import Answer, Request
-from optserve_client._protocol import Call, Lane, Lanes, Retry, Sleep, perform
+from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._transport import async_body_of, incoming_of, options, place, translated
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
@@ -69,7 +70,7 @@ class AsyncClient:
         tags: Mapping[str, str] | None = None,
         **hyperparameters: Any,
     ) -> AsyncSession:
-        fields = _calls.given(
+        fields = _arguments.given(
             groups=groups,
             sparse=sparse,
             scheduler=scheduler,
@@ -217,7 +218,7 @@ class AsyncSession:
 
     @property
     def _dtype(self) -> str | None:
-        return _calls.dtype_of(self.info)
+        return _arguments.dtype_of(self.info)
 
     @property
     def created(self) -> bool:
@@ -239,7 +240,7 @@ class AsyncSession:
         return_dtype: str | None = None,
         abandon: bool = False,
     ) -> StepResult:
-        fields = _calls.step_fields(
+        fields = _arguments.step_fields(
             returns,
             {"dry_run": dry_run, "abandon": abandon},
             groups=groups,
@@ -288,7 +289,7 @@ class AsyncSession:
 
     async def patch(self, *, abandon: bool = False, **fields: Any) -> Json:
         return await self._client._run(
-            _calls.edit(self.id, "PATCH", "", fields | _calls.given(abandon=abandon or None))
+            _calls.edit(self.id, "PATCH", "", fields | _arguments.given(abandon=abandon or None))
         )
 
     async def patch_group(
@@ -312,7 +313,7 @@ class AsyncSession:
         return await self._client._run(_calls.put_scheduler(self.id, scheduler, abandon))
 
     async def scheduler_step(self, metrics: float | None = None, *, abandon: bool = False) -> Json:
-        fields = _calls.given(metrics=metrics, abandon=abandon or None)
+        fields = _arguments.given(metrics=metrics, abandon=abandon or None)
         return await self._client._run(_calls.edit(self.id, "POST", "scheduler/step", fields))
 
     async def scheduler_preview(
@@ -329,7 +330,7 @@ class AsyncSession:
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> AsyncSession:
-        fields = _calls.given(id=id, version=version, name=name, notes=notes, tags=tags)
+        fields = _arguments.given(id=id, version=version, name=name, notes=notes, tags=tags)
         reply = await self._client._run(_calls.fork(self.id, fields))
         return AsyncSession(self._client, self._client._lanes.opened(reply), reply)
 
@@ -351,7 +352,7 @@ class AsyncSession:
         return await self._client._run(_calls.unpin(self.id, version))
 
     async def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
-        fields = {"version": version, "metrics": _calls.finite_metrics(metrics)}
+        fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return await self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
     def resume(self) -> None:

@@ -10,9 +10,10 @@ from typing import Any, Literal, Self, TypeVar
 
 import httpx
 
-from optserve_client import _calls, wire
+from optserve_client import _arguments, _calls, wire
+from optserve_client._exchange import Retry, Sleep
 from optserve_client._messages import Answer, Request
-from optserve_client._protocol import Call, Lane, Lanes, Retry, Sleep, perform
+from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._transport import body_of, incoming_of, options, place, translated
 from optserve_client._values import Json, Page
 from optserve_client.session import Session
@@ -106,7 +107,7 @@ class Client:
             **hyperparameters: Of the optimizer.
         The other fields are those of ``POST /v1/sessions``.
         """
-        fields = _calls.given(
+        fields = _arguments.given(
             groups=groups,
             sparse=sparse,
             scheduler=scheduler,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from optserve_client import _calls, wire
+from optserve_client import _arguments, _calls, wire
 from optserve_client._values import Json, Params, StepResult
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Session:
 
     @property
     def _dtype(self) -> str | None:
-        return _calls.dtype_of(self.info)
+        return _arguments.dtype_of(self.info)
 
     @property
     def created(self) -> bool:
@@ -66,7 +66,7 @@ class Session:
             return_dtype: In which dtype, rounded if it is narrower.
             abandon: Give up an open LBFGS line search first.
         """
-        fields = _calls.step_fields(
+        fields = _arguments.step_fields(
             returns,
             {"dry_run": dry_run, "abandon": abandon},
             groups=groups,
@@ -123,7 +123,7 @@ class Session:
         ``abandon``, here and below: give up an open LBFGS line search first.
         """
         return self._client._run(
-            _calls.edit(self.id, "PATCH", "", fields | _calls.given(abandon=abandon or None))
+            _calls.edit(self.id, "PATCH", "", fields | _arguments.given(abandon=abandon or None))
         )
 
     def patch_group(self, index: int, *, abandon: bool = False, **hyperparameters: Any) -> Json:
@@ -148,7 +148,7 @@ class Session:
 
     def scheduler_step(self, metrics: float | None = None, *, abandon: bool = False) -> Json:
         """Advance the scheduler; ``metrics`` for ReduceLROnPlateau."""
-        fields = _calls.given(metrics=metrics, abandon=abandon or None)
+        fields = _arguments.given(metrics=metrics, abandon=abandon or None)
         return self._client._run(_calls.edit(self.id, "POST", "scheduler/step", fields))
 
     def scheduler_preview(
@@ -167,7 +167,7 @@ class Session:
         tags: Mapping[str, str] | None = None,
     ) -> Session:
         """Return a copy of the session under a new id, which goes its own way from here."""
-        fields = _calls.given(id=id, version=version, name=name, notes=notes, tags=tags)
+        fields = _arguments.given(id=id, version=version, name=name, notes=notes, tags=tags)
         reply = self._client._run(_calls.fork(self.id, fields))
         return Session(self._client, self._client._lanes.opened(reply), reply)
 
@@ -202,7 +202,7 @@ class Session:
 
     def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
         """Add named values to a version that came out earlier; not those that are not finite."""
-        fields = {"version": version, "metrics": _calls.finite_metrics(metrics)}
+        fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
     def resume(self) -> None:

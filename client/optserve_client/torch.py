@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from optserve_client import errors, wire
-from optserve_client._calls import given
+from optserve_client._arguments import given
 from optserve_client._remote import SESSION_FIELDS, check_client, described, named_in, sparse_names
 from optserve_client._values import Json, Sparse, StepResult
 from optserve_client.client import Client

@@ -7,10 +7,12 @@ A worker posts gradients to ``/v1/sessions/{id}/step``:
                    bytes. The only importer of fastapi.
 2.  ``sessions/``  who may step, and in what order. The registry knows the sessions; a session
                    checks worker, epoch and seq, waits for its turn, has the numbers changed,
-                   appends one event to the journal and only then publishes the new params.
+                   has one event committed and only then publishes the new params. A session that
+                   is not in memory is read back by the same code.
 3.  ``optim/``     numbers only: the catalogue of optimizers and schedules, and one update in its
                    fixed order of arithmetic. The only importer of torch.
-4.  ``store/``     what must outlive a failure: the journal of events, their payloads, snapshots.
+4.  ``store/``     what must outlive a failure: the journal of events, their payloads, snapshots,
+                   in SQLite or PostgreSQL and in files. Many sessions share one commit.
 
 Imports point one way, ``api -> sessions -> {optim, store}``; all may use ``optserve_client.wire``
 (named arrays as bytes) and ``optserve_client.errors`` (the one error tree). ``settings.py`` says

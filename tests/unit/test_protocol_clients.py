@@ -349,12 +349,16 @@ def call_everything(session: Any) -> list[Any]:
         lambda: session.scheduler_step(0.5),
         lambda: session.put_metrics(3, {"acc": 0.5}),
         lambda: session.import_state(b"frame"),
+        lambda: session.rollback(2, if_match='"g.1"', abandon=True),
+        lambda: session.pin(2, "before the sweep"),
+        lambda: session.pin(3),
+        lambda: session.unpin(2),
         lambda: session.delete(),
     ]
 
 
 def test_every_change_carries_the_next_number_of_its_session() -> None:
-    net = Wire(*(httpx.Response(200, json={"generation": "g"}) for _ in range(10)))
+    net = Wire(*(httpx.Response(200, json={"generation": "g"}) for _ in range(14)))
     with client(net) as c:
         for call in call_everything(c.session("s")):
             call()
@@ -369,9 +373,13 @@ def test_every_change_carries_the_next_number_of_its_session() -> None:
         ("POST", "/scheduler/step"),
         ("PUT", "/metrics"),
         ("PUT", "/state"),
+        ("POST", "/rollback"),
+        ("POST", "/versions/2/pin"),
+        ("POST", "/versions/3/pin"),
+        ("DELETE", "/versions/2/pin"),
         ("DELETE", ""),
     ]
-    in_query = {4, 5, 8, 9}
+    in_query = {4, 5, 8, 12, 13}
     for i, request in enumerate(net.requests):
         if i in in_query:
             assert request.url.params["seq"] == str(i + 1)
@@ -382,6 +390,52 @@ def test_every_change_carries_the_next_number_of_its_session() -> None:
     assert net.requests[5].content == b"null"
     assert net.requests[8].content == b"frame"
     assert net.requests[0].headers["if-match"] == '"g.1"'
+    assert net.requests[9].headers["if-match"] == '"g.1"'
+    stamp = {"worker": "w", "epoch": 1}
+    assert net.fields(9) == {"version": 2, "abandon": True, **stamp, "seq": 10}
+    assert net.fields(10) == {"name": "before the sweep", **stamp, "seq": 11}
+    assert net.fields(11) == {**stamp, "seq": 12}
+
+
+def test_versions_are_listed_from_the_first_one_on() -> None:
+    rows = [{"version": 0}, {"version": 1}]
+    net = Wire(*(httpx.Response(200, json={"rows": rows, "next_after": None}) for _ in range(2)))
+    with client(net) as c:
+        assert c.session("s").versions() == rows
+        c.session("s").versions(7, limit=2)
+    assert [str(r.url.query, "ascii") for r in net.requests] == ["limit=1000", "after=7&limit=2"]
+
+
+@pytest.mark.parametrize("bad", ["1/../2", None, 1.0])
+def test_a_version_that_is_no_integer_is_never_sent(bad: Any) -> None:
+    with client(Wire()) as c:
+        for call in (c.session("s").pin, c.session("s").unpin):
+            with pytest.raises(TypeError, match="version must be an integer"):
+                call(bad)
+
+
+def test_a_rewound_session_is_not_changed_until_resume_by_either_client() -> None:
+    lost = errors.SessionRewound("lost", last_seq=0, generation="h", version=0)
+    one, other = (Wire(httpx.Response(409, json=lost.problem()), created()) for _ in range(2))
+    with client(one) as c:
+        session = c.session("s")
+        for _ in range(3):
+            with pytest.raises(errors.SessionRewound, match="lost"):
+                session.patch(name="x")
+        session.resume()
+        session.patch(name="x")
+
+    async def run() -> None:
+        async with async_client(other) as c:
+            session = c.session("s")
+            for _ in range(3):
+                with pytest.raises(errors.SessionRewound, match="lost"):
+                    await session.patch(name="x")
+            session.resume()
+            await session.patch(name="x")
+
+    asyncio.run(run())
+    assert len(one.requests) == len(other.requests) == 2
 
 
 def test_sessions_are_numbered_apart_and_handles_of_one_session_together() -> None:
@@ -547,7 +601,7 @@ def async_client(transport: Handler) -> AsyncClient:
 
 def test_the_awaited_client_sends_the_same_requests() -> None:
     def outcomes() -> list[Any]:
-        return [created(), *(httpx.Response(200, json={"generation": "g"}) for _ in range(10))]
+        return [created(), *(httpx.Response(200, json={"generation": "g"}) for _ in range(14))]
 
     one, other = Wire(*outcomes()), Wire(*outcomes())
     with client(one) as c:

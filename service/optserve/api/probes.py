@@ -46,8 +46,8 @@ async def get_healthz() -> Response:
 
 @routes.get("/readyz", **operation("Will requests be fast?", reply="Status", errors=[Unavailable]))
 async def get_readyz(request: Request) -> Response:
-    """503 until torch is loaded and warm: the first optimizer costs a second or more. 503 again when
-    the server was told to stop."""
+    """503 until torch is loaded and warm, because the first optimizer costs a second or more; and
+    again from when the server was told to stop."""
     registry = registry_of(request)
     if registry.draining:
         raise Unavailable("the server stops: it finishes what it has and takes nothing new")

@@ -32,9 +32,7 @@ Version = Annotated[int, Path(ge=0, le=MAX_INT, description="A version of the se
 
 @routes.get(
     "/v1/sessions/{session_id}/versions",
-    **operation(
-        "List the versions that can be reached", reply="Versions", errors=[SessionNotFound]
-    ),
+    **operation("List the versions to go back to", reply="Versions", errors=[SessionNotFound]),
 )
 async def list_versions(
     session_id: SessionId,

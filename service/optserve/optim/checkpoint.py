@@ -93,7 +93,7 @@ def load(
     if engine.ema is not None:
         engine.ema.updates = meta["ema"]["updates"]
         wide = engine.ema.arena.flat.dtype
-        engine.ema.arena = arena_of(layout, device, _named("ema/", layout, found), wide)
+        engine.ema.arena = arena_of(layout, device, _named("ema/", layout, found, wide), wide)
     if engine.best is not None:
         engine.best.value, engine.best.version = meta["best"]["value"], meta["best"]["version"]
         engine.best.arena = arena_of(layout, device, _named("best/", layout, found))
@@ -110,14 +110,20 @@ def load(
     return engine
 
 
-def _named(kind: str, layout: Layout, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _named(
+    kind: str,
+    layout: Layout,
+    found: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
     tensors = {name: found[kind + name] for name in layout.names}
+    wanted = dtype or TORCH_DTYPES[layout.dtype]
     for slot in layout.slots:
         tensor = tensors[slot.name]
-        if tuple(tensor.shape) != slot.shape or tensor.dtype != TORCH_DTYPES[layout.dtype]:
+        if tuple(tensor.shape) != slot.shape or tensor.dtype != wanted:
             raise ValueError(
                 f"{kind + slot.name!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"expected {TORCH_DTYPES[layout.dtype]} {list(slot.shape)}"
+                f"expected {wanted} {list(slot.shape)}"
             )
     return tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Holding:
         self._home = home
         self._owner_epoch = owner_epoch
         self._state: SessionState | None = None
-        self._nbytes = 0
+        self._nbytes: int = row.about["resident_bytes"]
         if state is not None:
             self._adopt(state)
 
@@ -90,10 +91,14 @@ class Holding:
             try:
                 if self._owner_epoch is None:
                     self._owner_epoch = self._home.store.claim(key)
-                self._adopt(read_back(self._home.store, self.row, self._owner_epoch))
+                began = time.perf_counter()
+                state = read_back(self._home.store, self.row, self._owner_epoch)
+                self.snapshots.replayed(state.lsn, time.perf_counter() - began)
+                self._adopt(state)
             except BaseException:
                 residents.release(key)
                 raise
+            self.snapshots.write_if_due(state)
         residents.used(key)
         assert self._state is not None
         return self._state
@@ -104,8 +109,8 @@ class Holding:
         self.show(state)
 
     def measure(self, state: SessionState) -> None:
-        """Note what the session takes in memory, where it may have grown."""
-        self._nbytes = state.engine.nbytes()
+        """Note what the session takes in memory, where it may have grown above the estimate."""
+        self._nbytes = max(self._nbytes, state.engine.nbytes())
         self._home.residents.adjust(self.row.key, self._nbytes)
 
     def news(self, state: SessionState) -> dict[str, Any] | None:

@@ -13,9 +13,11 @@ from optserve_client.errors import OptserveError
 
 log = structlog.get_logger(__name__)
 
-#: Longest and shortest time between two looks.
-LOOK_S = 60.0
+#: Longest and shortest time between two looks; a session lives so much longer at most.
+LOOK_S = 2.0
 SHORTEST_LOOK_S = 0.05
+#: How long a session that is due may be busy before it is left for the next look.
+BUSY_S = 5.0
 
 
 class Expiry:
@@ -33,24 +35,17 @@ class Expiry:
         self._sessions = sessions
         self._delete = delete
         self._default = default_ttl_s
-        self._wake = threading.Event()
-        self._closed = False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="optserve-expiry", daemon=True)
         self._thread.start()
 
-    def look(self) -> None:
-        """Look again now: a session may have got a shorter time to live."""
-        self._wake.set()
-
     def close(self) -> None:
-        self._closed = True
-        self._wake.set()
+        self._closed.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closed:
-            self._wake.wait(self._sweep())
-            self._wake.clear()
+        while not self._closed.wait(self._sweep()):
+            pass
 
     def _sweep(self) -> float:
         """Delete what is due; return seconds until the next may be."""
@@ -77,6 +72,6 @@ class Expiry:
                 log.info("a session's time to live is over", session=session.id)
 
         try:
-            session.in_turn(job).result(LOOK_S)
+            session.in_turn(job).result(BUSY_S)
         except (OptserveError, TimeoutError) as exc:
             log.warning("an expired session was not deleted", session=session.id, why=str(exc))

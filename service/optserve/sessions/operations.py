@@ -38,6 +38,7 @@ __all__ = [
     "SetScheduler",
     "Unpin",
     "check_params",
+    "hardens",
     "of_event",
 ]
 
@@ -120,6 +121,13 @@ class Patch:
             state.end_line_search()
         state.patch(self.config)
         return Change(kind="hyper", moves=False, request={"config": dict(self.config)})
+
+
+def hardens(operation: Operation) -> bool:
+    """Say whether a session that keeps its events in memory will no longer after this."""
+    return (
+        isinstance(operation, Patch) and operation.config.get("durability", "memory") != "memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from optserve.sessions.kinds import WITH_PAYLOAD
 from optserve.sessions.replay import read_frame, replay, write_frame
 from optserve.sessions.state import SessionState
 from optserve.store.base import Event, Key, SnapshotRow, Store
 from optserve_client.errors import Internal, Invalid
-
-#: Kinds of events that cannot be replayed without their payload.
-_WITH_PAYLOAD = frozenset(
-    {"create", "step", "contribution", "evaluate", "params", "group", "import", "rollback"}
-)
 
 
 class Past:
@@ -105,7 +101,7 @@ class Past:
         """Yield the events after ``base`` that a replay reaches."""
         whole = True
         for event in self._store.events(self._key, after_lsn=base):
-            lacking = event.payload is None and event.kind in _WITH_PAYLOAD
+            lacking = event.payload is None and event.kind in WITH_PAYLOAD
             whole = event.lsn in snapshots or (whole and not lacking)
             if whole:
                 yield event

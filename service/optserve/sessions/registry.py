@@ -5,36 +5,33 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from optserve.optim import devices
-from optserve.optim.rehearsal import rehearse
 from optserve.sessions import config as configs
-from optserve.sessions import describe, frames
-from optserve.sessions.finite import check_finite
+from optserve.sessions import creation, describe
+from optserve.sessions.creation import Seed
 from optserve.sessions.holding import Home
 from optserve.sessions.housekeeping import Expiry
 from optserve.sessions.ledger import Identity, Ledger
 from optserve.sessions.listing import page
 from optserve.sessions.operations import Import
-from optserve.sessions.replay import first_state, write_frame
 from optserve.sessions.reply import Reply
 from optserve.sessions.residency import Residents
 from optserve.sessions.session import Session
-from optserve.sessions.state import SessionState, read_engine
+from optserve.sessions.state import SessionState
 from optserve.sessions.turn import Executor, chain
-from optserve.store.base import Event, Key, Payload, SessionRow, Store
+from optserve.store.base import Key, SessionRow, Store
 from optserve_client import wire
 from optserve_client.errors import Conflict, Invalid, SessionExists, SessionNotFound, Unavailable
 
 log = structlog.get_logger(__name__)
 
-Buffers = list[bytes | memoryview]
 #: Of no session: what the server claims an owner epoch for, which its new sessions have.
 _NOBODY = Key("", "")
 #: How long a stop may take for snapshots; what has none then is replayed at the next start.
@@ -109,25 +106,15 @@ class Registry:
         #: What a create request with an Idempotency-Key made: digest and id, by tenant and key.
         self._created: dict[str, Ledger] = {}
         self._owner_epoch = store.claim(_NOBODY)
-        rows = store.sessions()
-        self._sessions = {row.key: Session(self._home, row) for row in rows}
-        for row in rows:
-            self._remember_key(row)
+        self._sessions: dict[Key, Session] = {}
+        for row in store.sessions():
+            self._keep(Session(self._home, row), row)
+        #: Of creations and deletions that may have been committed although they failed.
+        self._doubtful: set[Key] = set()
         self._expiry = Expiry(lambda: list(self._sessions.values()), self._forget, session_ttl_s)
         self._warm = False
         #: The server stops: it is not ready for more.
         self.draining = False
-
-    def _remember_key(self, row: SessionRow) -> None:
-        if row.create_key is not None:
-            identity = Identity(key=row.create_key, digest=row.create_digest)
-            self._created.setdefault(row.key.tenant, Ledger()).commit(
-                identity,
-                applied_version=None,
-                lsn=1,
-                reply={"id": row.key.session},
-                time=row.created,
-            )
 
     def warm(self) -> None:
         """Pay for torch's lazy imports now, on the threads that will step."""
@@ -160,10 +147,22 @@ class Registry:
 
     def get(self, tenant: str, session_id: str) -> Session:
         """Return a session, or raise SessionNotFound."""
+        key = Key(tenant, session_id)
+        if key in self._doubtful:
+            self._settle(key)
         try:
-            return self._sessions[Key(tenant, session_id)]
+            return self._sessions[key]
         except KeyError:
             raise SessionNotFound(f"no session {session_id!r:.140}") from None
+
+    def _settle(self, key: Key) -> None:
+        """Learn from the store whether there is a session; raises Unavailable if it cannot tell."""
+        row, known = self.store.session(key), self._sessions.get(key)
+        if row is not None and known is None:
+            self._keep(Session(self._home, row), row)
+        elif row is None and known is not None:
+            self._dismiss(known)
+        self._doubtful.discard(key)
 
     def page(
         self,
@@ -198,45 +197,32 @@ class Registry:
         """
         if session_id is not None:
             wire.check_id("session id", session_id)
-        made = self._turn.run(
-            lambda: self._create(tenant, session_id, body, params, order, identity, exist_ok)
-        )
+
+        def make() -> Seed:
+            return creation.from_params(body, params, order, self.device, self.store.promise)
+
+        made = self._turn.run(lambda: self._create(tenant, session_id, make, identity, exist_ok))
         return chain(made, _answer)
 
     def _create(
         self,
         tenant: str,
         session_id: str | None,
-        body: Mapping[str, Any],
-        params: Mapping[str, wire.Tensor],
-        order: list[str] | None,
+        make: Callable[[], Seed],
         identity: Identity,
         exist_ok: bool,
     ) -> Made:
         if (known := self._known_key(tenant, identity)) is not None:
             return Made(self.get(tenant, known), duplicate=True)
-        fields = configs.CreateFields.parse(body)
-        ordered = configs.order_params(params, order or fields.order)
-        ordered = configs.settle_dtype(ordered, fields.dtype)
-        check_finite(ordered)
-        layout = configs.layout_of(ordered)
-        config = configs.normalise(fields, layout, self.device, self.store.promise)
-        origin = configs.origin(config, layout)
+        seed = make()
         key = Key(tenant, session_id or f"s-{secrets.token_hex(8)}")
-        if (session := self._sessions.get(key)) is not None:
-            if not exist_ok:
-                raise SessionExists(f"session {key.session!r} exists", version=session.version)
-            return Made(session, origin=origin)
-        nbytes = rehearse(configs.recipe(config), layout)
-        record = {
-            "config": config,
-            "origin": origin,
-            "generation": secrets.token_hex(8),
-            "from_frame": False,
-            "keeps_ledger": False,
-        }
-        frame = wire.encode({f"param/{name}": tensor for name, tensor in ordered.items()})
-        return Made(self._begin(key, record, frame, identity, nbytes), created=True)
+        try:
+            session = self.get(*key)
+        except SessionNotFound:
+            return Made(self._begin(key, seed, identity), created=True)
+        if not exist_ok:
+            raise SessionExists(f"session {session.id!r} exists", version=session.version)
+        return Made(session, origin=seed.origin)
 
     def _known_key(self, tenant: str, identity: Identity) -> str | None:
         """Return the id that an earlier request with this Idempotency-Key created."""
@@ -254,69 +240,30 @@ class Registry:
         found: str = known.reply["id"]
         return found
 
-    def _begin(
-        self,
-        key: Key,
-        record: dict[str, Any],
-        frame: Buffers,
-        identity: Identity,
-        nbytes: int,
-        version: int = 0,
-        updates: int = 0,
-    ) -> Session:
-        """Commit the create event of a new session and start it from that event.
-
-        ``nbytes``: about what it takes in memory.
-        """
-        self.residents.admit(key, nbytes, lambda: self._put_away(key))
+    def _begin(self, key: Key, seed: Seed, identity: Identity) -> Session:
+        """Commit the create event of a new session and keep it."""
+        self.residents.admit(key, seed.nbytes, lambda: self._put_away(key))
         try:
-            event = Event(
-                key=key,
-                lsn=1,
-                kind="create",
-                version=version,
-                updates=updates,
-                time=time.time(),
-                owner_epoch=self._owner_epoch,
-                worker=identity.worker,
-                epoch=identity.epoch,
-                seq=identity.seq,
-                idempotency_key=identity.key,
-                digest=identity.digest,
-                record={**record, "reply": {"applied_version": version}},
-            )
-            event, state = self._commit(event, write_frame(self.store, frame), identity)
-        except BaseException:
+            row, state = creation.begin(self.store, key, seed, identity, self._owner_epoch)
+        except BaseException as exc:
             self.residents.release(key)
+            if isinstance(exc, (Unavailable, SessionExists)):
+                self._doubtful.add(key)
             raise
-        row = _row_of(event, state)
-        session = self._sessions[key] = Session(self._home, row, state, self._owner_epoch)
-        self._remember_key(row)
-        return session
+        return self._keep(Session(self._home, row, state, self._owner_epoch), row)
 
-    def _commit(
-        self, event: Event, payload: Payload, identity: Identity
-    ) -> tuple[Event, SessionState]:
-        """Append a create event; return it whole, and the state that it makes."""
-        event = replace(event, payload=payload)
-        try:
-            state = first_state(event)
-            if identity.worker is not None or identity.key is not None:
-                state.ledger.check(identity, event.time)
-            record = {**event.record, "fingerprint": state.engine.fingerprint}
-            about = describe.about(state, state.engine.nbytes())
-            event = replace(event, record=record, about=about)
-        except BaseException:
-            payload.discard()
-            raise
-        [outcome] = self.store.append([event])
-        if outcome.error is not None:
-            # After Unavailable the event may be committed all the same, and name its payload.
-            if not isinstance(outcome.error, Unavailable):
-                payload.discard()
-            raise outcome.error
-        state.commit(event)
-        return event, state
+    def _keep(self, session: Session, row: SessionRow) -> Session:
+        self._sessions[session.key] = session
+        if row.create_key is not None:
+            identity = Identity(key=row.create_key, digest=row.create_digest)
+            self._created.setdefault(row.key.tenant, Ledger()).commit(
+                identity,
+                applied_version=None,
+                lsn=1,
+                reply={"id": row.key.session},
+                time=row.created,
+            )
+        return session
 
     def _put_away(self, key: Key) -> bool:
         session = self._sessions.get(key)
@@ -343,26 +290,9 @@ class Registry:
             if fields.version is not None:
                 past = source.state_at(fields.version, state)
             given = fields.model_dump(include=fields.model_fields_set - {"id", "version"})
-            config = {**past.config, **given}
-            parent = {
-                "id": session_id,
-                "generation": past.generation,
-                "version": past.version,
-            }
-            record = {
-                "config": config,
-                "origin": configs.origin(config, past.layout),
-                "generation": secrets.token_hex(8),
-                "from_frame": True,
-                "keeps_ledger": False,
-                "forked_from": parent,
-                "inexact": past.inexact,
-            }
-            nbytes = past.engine.nbytes()
-            made = self._begin(
-                key, record, past.frame(), identity, nbytes, past.version, past.updates
-            )
-            return Made(made, created=True, extra={"forked_from": parent})
+            seed = creation.from_session(session_id, past, given)
+            made = self._begin(key, seed, identity)
+            return Made(made, created=True, extra={"forked_from": seed.record["forked_from"]})
 
         return chain(source.run(job), _answer)
 
@@ -390,21 +320,8 @@ class Registry:
     ) -> Made:
         if key in self._sessions:
             raise Conflict(f"session {key.session!r} was created meanwhile; send the import again")
-        frame = frames.decode(data)
-        config, engine = read_engine(frame, self.device)
-        config = {**config, "durability": self.store.promise}
-        record = {
-            "config": config,
-            "origin": configs.origin(config, frame.layout),
-            "generation": secrets.token_hex(8),
-            "from_frame": True,
-            "keeps_ledger": True,
-        }
-        version, updates = frame.meta["version"], frame.meta["updates"]
-        made = self._begin(
-            key, record, [memoryview(data)], identity, engine.nbytes(), version, updates
-        )
-        return Made(made, created=True)
+        seed = creation.from_file(data, self.device, self.store.promise)
+        return Made(self._begin(key, seed, identity), created=True)
 
     def check_same(self, session: Session, body: Mapping[str, Any]) -> None:
         """Raise SessionExists if these create fields would have made another session.
@@ -438,7 +355,14 @@ class Registry:
         return session.run(job)
 
     def _forget(self, session: Session) -> None:
-        self.store.delete(session.key)
+        try:
+            self.store.delete(session.key)
+        except BaseException:
+            self._doubtful.add(session.key)
+            raise
+        self._dismiss(session)
+
+    def _dismiss(self, session: Session) -> None:
         self._sessions.pop(session.key, None)
         session.closed = True
         self.residents.release(session.key)
@@ -447,19 +371,3 @@ class Registry:
         """Forget a session and its journal."""
         session = self.get(tenant, session_id)
         return session.remove(identity, lambda: self._forget(session))
-
-
-def _row_of(event: Event, state: SessionState) -> SessionRow:
-    """Return the row of a session whose create event was committed."""
-    return SessionRow(
-        key=event.key,
-        last_lsn=1,
-        version=event.version,
-        updates=event.updates,
-        created=event.time,
-        changed=event.time,
-        about=event.about or {},
-        durability=state.config["durability"],
-        create_key=event.idempotency_key,
-        create_digest=event.digest,
-    )

@@ -281,13 +281,13 @@ class Session:
             operation = operation.reach(self._held.past, state)
         operation.check(state, abandon)
         before = state.config["durability"]
+        if before == "memory" and operations.hardens(operation):
+            self._held.snapshots.write(state)
         payload = write_frame(self._store, operation.frame, before) if operation.frame else None
         with self._held.changing():
             began = time.perf_counter()
             try:
                 change = replace(operation.apply(state), payload=payload)
-                if before == "memory" != state.config["durability"]:
-                    self._held.snapshots.write(state)
             except BaseException:
                 if payload is not None:
                     payload.discard()

@@ -10,6 +10,7 @@ from optserve.sessions.replay import write_frame
 from optserve.sessions.state import SessionState
 from optserve.sessions.turn import Executor
 from optserve.store import Event, Key, Payload, Store
+from optserve_client.errors import SessionNotFound
 
 log = structlog.get_logger(__name__)
 
@@ -55,13 +56,22 @@ class Snapshots:
         self._bytes += event.payload.nbytes if event.payload is not None else 0
         self._seconds += seconds
 
+    def replayed(self, upto_lsn: int, seconds: float) -> None:
+        """Note that reading the session back, up to ``upto_lsn``, took so long.
+
+        A server that is killed again and again would else replay more each time.
+        """
+        kept = self._store.snapshots(self._key)
+        self._events = upto_lsn - (kept[-1].lsn if kept else 1)
+        self._seconds = seconds if self._events else 0.0
+
     def write_if_due(self, state: SessionState) -> None:
         """Begin a snapshot if replay became too long and none is under way."""
         under_way = self._keeping is not None and not self._keeping.done()
         if under_way or not self._due(state.layout.nbytes):
             return
         try:
-            self._keeping = self.begin(state)
+            self.begin(state)
         except Exception:
             # The event is committed, and its request must not hear that it failed.
             log.exception("no snapshot was written", session=self._key.session)
@@ -74,29 +84,36 @@ class Snapshots:
             or self._seconds >= max(REPLAY_S, REPLAY_READS * read_s)
         )
 
-    def begin(self, state: SessionState) -> Future[None]:
-        """Write the frame now; the future ends when it is kept. A failure is logged too."""
-        self._events = self._bytes = 0
-        self._seconds = 0.0
+    def begin(self, state: SessionState) -> None:
+        """Write the frame now, and have it kept while the session goes on; failing is logged."""
+        self._reset()
         frame, lsn = write_frame(self._store, state.frame()), state.lsn
-        return self._background.submit(lambda: self._keep(lsn, frame))
+        try:
+            self._keeping = self._background.submit(lambda: self._keep(lsn, frame))
+        except BaseException:
+            frame.discard()
+            raise
 
     def _keep(self, lsn: int, frame: Payload) -> None:
         try:
             self._store.snapshot(self._key, lsn, frame)
+        except SessionNotFound:
+            log.debug("a deleted session needs no snapshot", session=self._key.session)
         except Exception:
             log.exception("no snapshot was kept", session=self._key.session, lsn=lsn)
-            raise
 
     def write(self, state: SessionState) -> None:
         """Write a snapshot and return when it is kept."""
         self.wait()
         frame = write_frame(self._store, state.frame())
         self._store.snapshot(self._key, state.lsn, frame)
-        self._events = self._bytes = 0
-        self._seconds = 0.0
+        self._reset()
 
     def wait(self) -> None:
         """Wait until none is under way."""
         if self._keeping is not None:
-            self._keeping.exception()
+            self._keeping.result()
+
+    def _reset(self) -> None:
+        self._events = self._bytes = 0
+        self._seconds = 0.0

@@ -104,9 +104,9 @@ class PayloadFiles:
         try:
             found = self.disk.size(file.path)
         except OSError as exc:
-            raise Damaged(f"payload file {name} cannot be read: {exc.strerror}") from exc
+            raise damaged(name, f"cannot be read: {exc.strerror}") from exc
         if found != nbytes:
-            raise Damaged(f"payload file {name} has {found} bytes, expected {nbytes}")
+            raise damaged(name, f"has {found} bytes, expected {nbytes}")
         return FilePayload(self, file, nbytes, digest)
 
     def settle(self, payload: Payload) -> None:
@@ -236,14 +236,14 @@ class FilePayload:
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         try:
             self._hold()
-            yield from checked(self._pread, self.nbytes, self.digest, self._what, size)
+            yield from checked(self._pread, self.nbytes, self.digest, self._damaged, size)
         finally:
             self.file.release()
 
     def read(self) -> bytes:
         try:
             self._hold()
-            return checked_whole(self._pread, self.nbytes, self.digest, self._what)
+            return checked_whole(self._pread, self.nbytes, self.digest, self._damaged)
         finally:
             self.file.release()
 
@@ -257,16 +257,15 @@ class FilePayload:
     def discard(self) -> None:
         self._files.abandon(self.file)
 
-    @property
-    def _what(self) -> str:
-        return f"payload file {self.name}"
+    def _damaged(self, why: str) -> Damaged:
+        return damaged(self.name, why)
 
     def _hold(self) -> int:
         """Return the descriptor; release is due even if this raises Damaged."""
         try:
             return self.file.hold()
         except OSError as exc:
-            raise Damaged(f"{self._what} cannot be read: {exc.strerror}") from exc
+            raise self._damaged(f"cannot be read: {exc.strerror}") from exc
 
     def _pread(self, nbytes: int, at: int) -> bytes:
         try:
@@ -275,7 +274,7 @@ class FilePayload:
             finally:
                 self.file.release()
         except OSError as exc:
-            raise Damaged(f"{self._what} cannot be read at byte {at}: {exc.strerror}") from exc
+            raise self._damaged(f"cannot be read at byte {at}: {exc.strerror}") from exc
 
 
 class FileWriter(BufferedWriter):
@@ -325,6 +324,11 @@ class FileWriter(BufferedWriter):
         """Let go; a file that was not kept goes."""
         self._file.release()
         del self._file
+
+
+def damaged(name: str, why: str) -> Damaged:
+    """Return what a reader is told; ``file`` is the name for a program."""
+    return Damaged(f"payload file {name} {why}", file=name)
 
 
 def refused(error: OSError, what: str) -> OptserveError:

@@ -73,9 +73,13 @@ class InlinePayload:
 
 
 def checked(
-    pread: Callable[[int, int], bytes], nbytes: int, digest: bytes, what: str, size: int
+    pread: Callable[[int, int], bytes],
+    nbytes: int,
+    digest: bytes,
+    damaged: Callable[[str], Damaged],
+    size: int = CHUNK_BYTES,
 ) -> Iterator[memoryview]:
-    """Yield what ``pread(length, offset)`` finds; ``what`` names it in the sentence of a Damaged.
+    """Yield what ``pread(length, offset)`` finds; ``damaged`` makes a sentence of what is wrong.
 
     The bytes are compared with ``digest`` before the last piece goes out, so whoever counts the
     bytes and stops there is told too.
@@ -84,23 +88,26 @@ def checked(
     while at < nbytes:
         piece = pread(min(size, nbytes - at), at)
         if not piece:
-            raise Damaged(f"{what} ends after {at} of {nbytes} bytes")
+            raise damaged(f"ends after {at} of {nbytes} bytes")
         seen.update(piece)
         at += len(piece)
         if at == nbytes and seen.digest() != digest:
-            raise Damaged(f"{what} does not have its digest")
+            raise damaged("does not have its digest")
         yield memoryview(piece)
 
 
 def checked_whole(
-    pread: Callable[[int, int], bytes], nbytes: int, digest: bytes, what: str
+    pread: Callable[[int, int], bytes],
+    nbytes: int,
+    digest: bytes,
+    damaged: Callable[[str], Damaged],
 ) -> bytes:
     """Return all bytes in one block: a hundred pieces would leave holes in the heap behind."""
     whole = pread(nbytes, 0)
     if len(whole) < nbytes:  # Linux reads at most 2 GiB at once
-        return b"".join(checked(pread, nbytes, digest, what, CHUNK_BYTES))
+        return b"".join(checked(pread, nbytes, digest, damaged))
     if xxhash.xxh3_128_digest(whole) != digest:
-        raise Damaged(f"{what} does not have its digest")
+        raise damaged("does not have its digest")
     return whole
 
 
@@ -116,16 +123,20 @@ class SpooledPayload:
         self.digest = digest
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        return checked(self._pread, self.nbytes, self.digest, "a spooled payload", size)
+        return checked(self._pread, self.nbytes, self.digest, self._damaged, size)
 
     def read(self) -> bytes:
-        return checked_whole(self._pread, self.nbytes, self.digest, "a spooled payload")
+        return checked_whole(self._pread, self.nbytes, self.digest, self._damaged)
 
     def _pread(self, nbytes: int, at: int) -> bytes:
         try:
             return os.pread(self._segment.fd, nbytes, self._begin + at)
         except OSError as exc:
-            raise Damaged(f"a spooled payload cannot be read: {exc.strerror}") from exc
+            raise self._damaged(f"cannot be read: {exc.strerror}") from exc
+
+    @staticmethod
+    def _damaged(why: str) -> Damaged:
+        return Damaged(f"a spooled payload {why}")
 
     def discard(self) -> None:
         """Nothing to do: the segment goes with its last payload."""

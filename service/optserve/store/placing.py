@@ -43,13 +43,13 @@ class LostPayload:
     def __init__(self, nbytes: int, digest: bytes, why: str) -> None:
         self.nbytes = nbytes
         self.digest = digest
-        self._why = why
+        self.why = why
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        raise Damaged(self._why)
+        raise Damaged(self.why)
 
     def read(self) -> bytes:
-        raise Damaged(self._why)
+        raise Damaged(self.why)
 
     def discard(self) -> None:
         """Nothing to do: nothing is there."""

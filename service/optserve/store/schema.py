@@ -255,8 +255,8 @@ _first_part = sa.and_(
 )
 
 
-def page(kinds: int, payloads: bool) -> sa.Select[Any]:
-    """Rows of a session after ``k_after`` up to ``k_upto``, of ``kinds`` kinds (0: all of them)."""
+def page(kinds: int | None, payloads: bool) -> sa.Select[Any]:
+    """Rows of a session after ``k_after`` up to ``k_upto``, of ``kinds`` kinds; None: of all."""
     columns: list[Any] = list(events.columns)
     source: sa.FromClause = events
     if payloads:
@@ -270,7 +270,7 @@ def page(kinds: int, payloads: bool) -> sa.Select[Any]:
         .limit(bind("k_limit", type_=sa.Integer))
         .offset(_NO)  # SQLite would get a parameter without a name of ours
     )
-    if kinds:
+    if kinds is not None:
         found = found.where(events.c.kind.in_([bind(f"k_kind{i}") for i in range(kinds)]))
     return found
 
@@ -281,7 +281,7 @@ class Sql:
     def __init__(self, dialect: sa.Dialect) -> None:
         self._dialect = dialect
         self._texts = {name: self._compile(clause) for name, clause in STATEMENTS.items()}
-        self._pages: dict[tuple[int, bool], str] = {}
+        self._pages: dict[tuple[int | None, bool], str] = {}
 
     def _compile(self, clause: sa.ClauseElement) -> str:
         return str(clause.compile(dialect=self._dialect))
@@ -289,7 +289,7 @@ class Sql:
     def __getitem__(self, name: str) -> str:
         return self._texts[name]
 
-    def page(self, kinds: int, payloads: bool) -> str:
+    def page(self, kinds: int | None, payloads: bool) -> str:
         shape = (kinds, payloads)
         if shape not in self._pages:
             self._pages[shape] = self._compile(page(*shape))

@@ -1,0 +1,1 @@
+"""What ``optserve`` can be told to do, a module for each command; what is slow is imported late."""

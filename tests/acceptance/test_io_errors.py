@@ -1,0 +1,130 @@
+"""EIO and ENOSPC at any system call that changes a file: refused, nothing applied, and it goes on."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import lives, syscalls
+from tests.acceptance.test_kill_syscalls import STRIDE, TODAY
+from tests.lives import Life, Reference
+from tests.record import Figure
+from tests.syscalls import Call
+from tests.zygote import Zygote
+
+CALLS = ("pwrite64", "write", "fdatasync", "fsync", "openat", "ftruncate", "unlink")
+SYNCS = ("fdatasync", "fsync")
+#: How many calls of one kind fail in a row.
+ROWS = (1, 3)
+
+pytestmark = pytest.mark.skipif(
+    syscalls.unavailable() is not None, reason=str(syscalls.unavailable())
+)
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote("tests.scenario") as zygote:
+        yield zygote
+
+
+@pytest.fixture(scope="module")
+def reference(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return lives.reference(zygote, tmp_path_factory.mktemp("reference"))
+
+
+class Faults:
+    """Lets calls of one name fail, from the ``first``-th on, ``count`` of them."""
+
+    def __init__(self, name: str, error: int, first: int, count: int) -> None:
+        self.name, self.error = name, error
+        self.numbers = range(first, first + count)
+        self.seen = 0
+        self.failed: list[Call] = []
+
+    def __call__(self, number: int, call: Call) -> int | None:
+        if call.name != self.name:
+            return None
+        self.seen += 1
+        if self.seen not in self.numbers:
+            return None
+        self.failed.append(call)
+        return self.error
+
+
+@pytest.mark.parametrize("count", ROWS)
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_fails_costs_a_retry(
+    zygote: Zygote,
+    reference: Reference,
+    tmp_path: Path,
+    long_form: bool,
+    figure: Figure,
+    name: str,
+    error: int,
+    count: int,
+) -> None:
+    total = sum(call.name == name for call in reference.calls)
+    stride = 1 if long_form else max(STRIDE, total // 6)
+    refused = 0
+    for first in range(1 if long_form else TODAY % stride + 1, total + 1, stride):
+        directory = tmp_path / str(first)
+        directory.mkdir()
+        faults = Faults(name, error, first, count)
+        life = lives.live(zygote, directory, 0, faults)
+        where = f"{errno.errorcode[error]} at {name} {first}: {', '.join(map(str, faults.failed))}"
+        try:
+            judge(reference, life, faults)
+            after = lives.live(zygote, directory, reference.requests)
+            assert after.of("found")[0]["found"] == reference.final
+            lives.assert_no_orphans(directory)
+        except AssertionError as exc:
+            raise AssertionError(f"{where}: {exc}") from exc
+        refused += len(life.of("refused"))
+        shutil.rmtree(directory)
+    figure(f"requests refused after {errno.errorcode[error]} at {name}", refused, "requests")
+
+
+def judge(reference: Reference, life: Life, faults: Faults) -> None:
+    reference.judge_end(life)
+    codes = {message["code"] for message in life.of("refused") if message["refused"] != "open"}
+    assert codes <= {"unavailable", "out_of_space"}, life.of("refused")
+    if faults.error == errno.EIO:
+        assert "out_of_space" not in codes, life.of("refused")
+    refusals = iter(life.of("refused"))
+    for read in life.of("read"):
+        refusal = next(r for r in refusals if r["refused"] != "open")
+        before = reference.states(read["read"])
+        after = reference.states(read["read"] + 1)
+        session = reference.session(read["read"])
+        allowed = {before[session]}
+        if refusal["code"] == "unavailable":  # then it may be committed all the same
+            allowed.add(after[session])
+        if session != lives.FORGETFUL:
+            assert read["digest"] in allowed, f"after {refusal['detail']}"
+    if faults.name in SYNCS:
+        judge_syncs(life, faults)
+
+
+def judge_syncs(life: Life, faults: Faults) -> None:
+    """What could not be synced is never synced again through the same open file."""
+    failed: set[str] = set()
+    number = 0
+    for entry in life.log:
+        if not isinstance(entry, Call):
+            unsettled = [path for path in failed if path.endswith("-wal")]
+            assert "done" not in entry or not unsettled, f"acknowledged after {unsettled} failed"
+            continue
+        if entry.name == faults.name:
+            number += 1
+        if entry.name in SYNCS and entry.name == faults.name and number in faults.numbers:
+            failed.add(entry.path)
+        elif entry.name in SYNCS:
+            assert entry.path not in failed, f"{entry} was tried again after it had failed"
+        elif entry.name == "openat" and "payloads/" not in entry.path:
+            failed.discard(entry.path)  # a new descriptor: the database was opened anew

@@ -1,0 +1,326 @@
+"""A client's life over the real store, request by request, for a child that may be killed anywhere.
+
+It creates sessions with payloads in files and in the database, steps them, takes snapshots, pins,
+rolls back, forks and deletes. Whoever runs it is told after each request what it was answered and
+the digest of the session; with ``first`` a later life goes on at that request, as a client does
+that has no answer to it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+import xxhash
+
+from optserve.sessions import frames, operations
+from optserve.sessions.ledger import Identity
+from optserve.sessions.registry import Registry
+from optserve.sessions.reply import Reply
+from optserve.store.opening import open_store
+from optserve_client import wire
+from optserve_client.errors import OptserveError, OutOfSpace, SessionNotFound, Unavailable
+from tests import local, syscalls
+
+#: 90 kB: payloads of this session are files.
+BIG = {"w": (150, 150), "b": (150,)}
+SMALL = {"w": (5, 7), "b": (7,), "s": ()}
+#: How often a request that met an injected error is sent again.
+TRIES = 20
+#: The session whose events stay in memory, so that it goes back to its snapshot.
+FORGETFUL = "forgetful"
+
+
+def _arrays(seed: int, session: str) -> local.Arrays:
+    return local.arrays(seed, BIG if session in ("big", "copy", "gone") else SMALL)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request; sent again, it is the same."""
+
+    session: str
+    what: str
+    send: Callable[[Registry], Reply | None]
+
+
+class Script:
+    """The requests, numbered per session as one client does."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self._seqs: dict[str, int] = {}
+
+    def add(self, session: str, what: str, send: Callable[[Registry, Identity], Any]) -> None:
+        seq = self._seqs[session] = self._seqs.get(session, 0) + 1
+        identity = Identity(worker="w", seq=seq, digest=f"{session} {seq} {what}".encode())
+        self.requests.append(Request(session, what, lambda made: send(made, identity)))
+
+    def create(self, session: str, body: dict[str, Any]) -> None:
+        identity = Identity(key=f"create {session}", digest=session.encode())
+
+        def send(made: Registry) -> Reply:
+            params = _arrays(1, session)
+            return made.create(
+                "default", session, body, params, None, identity, exist_ok=False
+            ).result(60)
+
+        self.requests.append(Request(session, "create", send))
+
+    def step(self, session: str, **fields: Any) -> None:
+        seed = len(self.requests)
+        self.add(
+            session,
+            "step",
+            lambda made, who: local.step(
+                made.get("default", session), _arrays(seed, session), who, **fields
+            ),
+        )
+
+    def change(self, session: str, operation: operations.Operation) -> None:
+        self.add(
+            session,
+            type(operation).__name__,
+            lambda made, who: made.get("default", session).change(operation, who).result(60),
+        )
+
+    def snapshot(self, session: str) -> None:
+        """What the server does by itself; to do it twice changes nothing."""
+
+        def send(made: Registry) -> None:
+            made.get("default", session).snapshot().result(60)
+
+        self.requests.append(Request(session, "snapshot", send))
+
+    def fork(self, session: str, name: str, **fields: Any) -> None:
+        identity = Identity(key=f"fork {name}", digest=name.encode())
+
+        def send(made: Registry) -> Reply:
+            body = {"id": name, **fields}
+            return made.fork("default", session, body, identity).result(60)
+
+        self.requests.append(Request(name, "fork", send))
+
+    def delete(self, session: str) -> None:
+        def send(made: Registry, who: Identity) -> Reply | None:
+            try:
+                return made.delete("default", session, who).result(60)
+            except SessionNotFound:
+                return None  # what a client that repeats a deletion takes for an answer
+
+        self.add(session, "delete", send)
+
+    def updates(self, session: str, count: int) -> None:
+        """Step a session without identities until it has ``count`` updates."""
+
+        def send(made: Registry) -> Reply:
+            found = made.get("default", session)
+            while (done := found.status().result(60)["updates"]) < count:
+                reply = local.step(found, _arrays(1000 + done, session))
+            return reply
+
+        self.requests.append(Request(session, f"updates {count}", send))
+
+
+def script() -> list[Request]:
+    """Return the requests, in order."""
+    s = Script()
+    s.create("big", {"optimizer": {"name": "Adam", "lr": 0.1}})
+    s.create(
+        "small",
+        {
+            "optimizer": {"name": "AdamW", "lr": 0.1},
+            "scheduler": {"name": "LambdaLR", "lr_lambda": "0.9 ** epoch", "advance": "step"},
+            "clip_grad_norm": 0.5,
+            "accumulate": 2,
+            "ema": {"decay": 0.9},
+            "best": {"monitor": "loss"},
+        },
+    )
+    for _ in range(2):
+        s.step("big")
+        s.step("small", loss=1.0)
+    s.create("quick", {"optimizer": {"name": "SGD", "momentum": 0.9}, "durability": "os"})
+    s.step("quick")
+    s.create("gone", {"optimizer": {"name": "SGD"}})
+    s.step("gone")
+    s.snapshot("big")
+    s.step("big", params=local.arrays(7, BIG), loss=0.5)
+    s.step("quick")
+    s.create(FORGETFUL, {"optimizer": {"name": "Adam"}, "durability": "memory"})
+    s.updates(FORGETFUL, 1)
+    s.snapshot(FORGETFUL)
+    s.updates(FORGETFUL, 3)
+    s.snapshot("small")
+    s.step("small", loss=0.5)
+    s.fork("big", "copy", version=1)
+    s.step("copy")
+    s.change("big", operations.Pin(version=2, name="good"))
+    s.delete("gone")
+    s.snapshot("big")
+    s.step("big")
+    s.change("small", operations.PatchGroup(index=0, hyper={"weight_decay": 0.1}))
+    s.change("big", operations.Rollback(version=2))
+    s.step("big")
+    s.snapshot("big")
+    s.step("small", loss=0.25)
+    s.snapshot("small")
+    s.create("search", {"optimizer": {"name": "LBFGS", "line_search_fn": "strong_wolfe"}})
+    for loss in (3.0, 2.0):
+        s.step("search", loss=loss)
+    s.step("small", loss=2.0)
+    s.snapshot("small")
+    s.change("big", operations.Unpin(version=2))
+    s.step("big")
+    return s.requests
+
+
+REQUESTS = script()
+
+
+# --- what a session is -------------------------------------------------------------------------
+
+
+def digest(made: Registry, session: str) -> str | None:
+    """Return the digest of a session but for what differs between two lives; None: there is none.
+
+    These are its generation and the times of its events.
+    """
+    try:
+        found = made.get("default", session)
+    except SessionNotFound:
+        return None
+    frame = frames.decode(local.exported(found))
+    meta = {k: v for k, v in frame.meta.items() if k not in ("generation", "created", "changed")}
+    ledger = json.loads(json.dumps(meta.pop("ledger")))
+    if session == FORGETFUL:
+        meta.pop("lsn"), meta.pop("rewound")
+    else:
+        for worker in ledger["workers"]:
+            for result in worker["results"]:
+                del result["time"]
+        for key in ledger["keys"]:
+            del key["time"]
+        meta["ledger"] = ledger
+    seen = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
+    for name, tensor in sorted(frame.tensors.items()):
+        seen.update(f"{name} {wire.dtype_of(tensor)} {tensor.shape}".encode())
+        seen.update(wire.as_bytes(tensor))
+    return seen.hexdigest()
+
+
+def digests(made: Registry) -> dict[str, str | None]:
+    return {name: digest(made, name) for name in sorted({r.session for r in REQUESTS})}
+
+
+# --- one life ----------------------------------------------------------------------------------
+
+
+def live(directory: Path, first: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Open the store, send the requests from ``first`` on, close it."""
+    made = _patiently("open", tell, lambda: _open(directory))
+    try:
+        if first:
+            tell({"found": digests(made)})
+            _remember(made, first)
+        for index in range(first, len(REQUESTS)):
+            _request(made, index, tell)
+        tell({"final": digests(made)})
+    finally:
+        made.close()
+    tell({"closed": True})
+
+
+def _remember(made: Registry, first: int) -> None:
+    """Bring the session that went back to its snapshot to where it was: its client starts over."""
+    for request in reversed(REQUESTS[:first]):
+        if request.session == FORGETFUL and request.what.startswith("updates"):
+            request.send(made)
+            return
+
+
+def _open(directory: Path) -> Registry:
+    store = open_store(url=None, data_dir=directory, files=None)
+    try:
+        return Registry(store, threads=1, executor_threads=1)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _request(made: Registry, index: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    request = REQUESTS[index]
+
+    def refused() -> None:
+        tell({"read": index, "digest": digest(made, request.session)})
+
+    reply = _patiently(f"{index} {request.what}", tell, lambda: request.send(made), refused)
+    scalars = reply.scalars if reply is not None else {}
+    tell(
+        {
+            "done": index,
+            "session": request.session,
+            "what": request.what,
+            "version": scalars.get("version"),
+            "applied_version": scalars.get("applied_version"),
+            "duplicate": scalars.get("duplicate", False),
+            "digest": digest(made, request.session),
+        }
+    )
+
+
+def _patiently(
+    what: str,
+    tell: Callable[[dict[str, Any]], None],
+    send: Callable[[], Any],
+    refused: Callable[[], None] = lambda: None,
+) -> Any:
+    """Repeat what is refused for a time, as a client does."""
+    for _ in range(TRIES):
+        try:
+            return send()
+        except OptserveError as exc:
+            if not isinstance(exc, (Unavailable, OutOfSpace)):
+                raise
+            tell({"refused": what, "code": exc.code, "detail": exc.detail})
+            refused()
+        except Exception as exc:
+            if what != "open":
+                raise
+            tell({"refused": what, "code": type(exc).__name__, "detail": str(exc)})
+    raise AssertionError(f"{what} was refused {TRIES} times")
+
+
+# --- for the zygote ------------------------------------------------------------------------------
+
+
+def warm() -> None:
+    """Live once, so that everything is imported and compiled."""
+    torch.set_num_threads(1)  # no pool of threads, which would not survive the fork
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(60))
+    directory = Path(tempfile.mkdtemp(prefix="optserve-warm-"))
+    try:
+        live(directory, 0, lambda message: None)
+    finally:
+        shutil.rmtree(directory)
+    assert threading.active_count() == 1, threading.enumerate()
+
+
+def main(channel: socket.socket, text: str) -> None:
+    """Live as ``text`` says, with the other end answering for every call that changes a file."""
+    order = json.loads(text)
+    syscalls.submit(channel)
+
+    def tell(message: dict[str, Any]) -> None:
+        channel.sendall(json.dumps(message).encode() + b"\n")
+
+    live(Path(order["directory"]), order["first"], tell)

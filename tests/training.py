@@ -1,0 +1,435 @@
+"""Clients that train all kinds of sessions and note what they were told, for tests of failure.
+
+A :class:`Trainer` is a program that uses :class:`optserve_client.Client` as it comes: what a failing
+server or network does to a request, the client repeats and settles. Where it gives up, its docstring
+asks for the same call again, and that is all that is done here.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from optserve_client import Client, Session, StepResult, _calls, errors
+from tests import oracle
+from tests.oracle import Shapes, Story, Tree
+
+T = TypeVar("T")
+
+
+class Again(Protocol):
+    """Makes a call until it is answered."""
+
+    def __call__(self, call: Callable[[], T]) -> T: ...
+
+
+SMALL: Shapes = {"w": (5, 7), "b": (7,), "s": (), "e": (0, 3)}
+#: How often a call is made that fails although the client repeats its requests.
+PATIENCE = 8
+#: 160 kB: payloads of this size are files.
+LARGE: Shapes = {"w": (200, 200), "b": (200,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A kind of session, and what its owner does to it beside stepping."""
+
+    name: str
+    #: Of the create request, without params.
+    body: Mapping[str, Any]
+    shapes: Shapes = field(default_factory=lambda: SMALL)
+    dtype: str = "float32"
+    #: Kinds of changes, as methods of :class:`Owned`.
+    more: tuple[str, ...] = ()
+
+
+SPECS: tuple[Spec, ...] = (
+    Spec(
+        name="adamw",
+        body={"optimizer": {"name": "AdamW", "lr": 0.01}, "impl": "fused", "clip_grad_norm": 1.0},
+        more=("patch_group",),
+    ),
+    Spec(
+        name="sgd",
+        body={
+            "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+            "scheduler": {"name": "StepLR", "step_size": 3, "gamma": 0.9},
+            "ema": {"decay": 0.95},
+        },
+        more=("advance", "put_params"),
+    ),
+    Spec(
+        name="lbfgs",
+        body={"optimizer": {"name": "LBFGS", "lr": 1.0, "line_search_fn": "strong_wolfe"}},
+        shapes={"x": (3,), "y": (), "z": (2, 2)},
+    ),
+    Spec(
+        name="onecycle",
+        body={
+            "optimizer": {"name": "Adam", "lr": 0.01},
+            "scheduler": {
+                "name": "OneCycleLR",
+                "max_lr": 0.1,
+                "total_steps": 1_000_000,
+                "advance": "step",
+            },
+        },
+    ),
+    Spec(
+        name="plateau",
+        body={
+            "optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.5},
+            "scheduler": {
+                "name": "ReduceLROnPlateau",
+                "factor": 0.9,
+                "patience": 2,
+                "monitor": "loss",
+                "advance": "step",
+            },
+            "best": {"monitor": "loss"},
+        },
+        more=("put_loss",),
+    ),
+    Spec(
+        name="accumulate",
+        body={
+            "optimizer": {"name": "Adam", "lr": 0.01},
+            "accumulate": {"steps": 3, "reduce": "mean"},
+            "clip_grad_norm": 0.5,
+        },
+        more=("patch_group",),
+    ),
+    Spec(
+        name="bfloat16",
+        body={"optimizer": {"name": "AdamW", "lr": 0.02}, "ema": {"decay": 0.9}},
+        dtype="bfloat16",
+        more=("put_params",),
+    ),
+    Spec(
+        name="large",
+        body={"optimizer": {"name": "Adam", "lr": 0.01}, "best": {"monitor": "loss"}},
+        shapes=LARGE,
+        more=("put_params", "put_loss"),
+    ),
+    Spec(
+        name="lambda",
+        body={
+            "optimizer": {"name": "RMSprop", "lr": 0.01},
+            "scheduler": {"name": "LambdaLR", "lr_lambda": "0.999 ** epoch", "advance": "step"},
+        },
+    ),
+    Spec(
+        name="groups",
+        body={
+            "optimizer": {"name": "NAdam", "lr": 0.01},
+            "groups": [{"params": ["b"], "lr": 0.001}],
+            "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (1 + epoch / 50)"},
+        },
+        dtype="float64",
+        more=("patch_group", "advance"),
+    ),
+    Spec(
+        name="swats",
+        body={"optimizer": {"name": "SWATS", "lr": 0.01}},
+        more=("patch_group",),
+    ),
+    Spec(
+        name="lion",
+        body={"optimizer": {"name": "Lion", "lr": 0.01}, "accumulate": 2, "ema": {"decay": 0.99}},
+    ),
+)
+
+
+def change(session: Session, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Send a change that the client has no method for, as its methods do."""
+    return session._client._run(_calls.edit(session.id, method, path, body))
+
+
+class Owned:
+    """A session that one client changes, and the story of it."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        session: Session,
+        story: Story,
+        rng: random.Random,
+        again: Again,
+        *,
+        past: bool,
+    ) -> None:
+        self.spec, self.session, self.story, self.rng = spec, session, story, rng
+        self.duplicates = 0
+        self.unreachable = 0
+        self._again = again
+        self._lbfgs = spec.body["optimizer"]["name"] == "LBFGS"
+        self._past = past
+        #: Where the next LBFGS evaluation is wanted, and of which objective.
+        self.trial: Mapping[str, Any] | None = None
+        self.search = rng.getrandbits(32)
+        self.pinned: int | None = None
+
+    @property
+    def searching(self) -> bool:
+        head = self.story.head.change
+        return isinstance(head, oracle.Evaluate) and not head.done
+
+    def act(self) -> None:
+        """Make one change, mostly a step."""
+        kinds = [*self.spec.more]
+        if self._past and not self.searching:
+            kinds += ["roll_back", "pin"]
+        kind = self.rng.choice(kinds) if kinds and self.rng.random() < 0.15 else "step"
+        getattr(self, kind)()
+
+    def step(self) -> None:
+        if self._lbfgs:
+            self._evaluate()
+            return
+        seed = self.rng.getrandbits(32)
+        loss = round(self.rng.uniform(0, 10), 3) if self._wants_loss() else None
+        grads = oracle.tensors(seed, self.spec.shapes, self.spec.dtype)
+        returns = self.rng.choice(("params", "none", "delta"))
+        result = self._again(lambda: self.session.step(grads, loss=loss, returns=returns))
+        self._noted(result, oracle.Step(seed, loss))
+
+    def _wants_loss(self) -> bool:
+        return "best" in self.spec.body or self.spec.body.get("scheduler", {}).get("monitor")
+
+    def _evaluate(self) -> None:
+        if self.trial is None:
+            self.trial = dict(self._again(self.session.params))
+        loss, grads = oracle.objective(self.trial, self.search)
+        result = self._again(lambda: self.session.step(grads, loss=loss))
+        self._noted(result, oracle.Evaluate(self.search, done=result.need is None))
+        self.trial = result.params
+        if result.need is None:
+            self.search = self.rng.getrandbits(32)
+
+    def _noted(self, result: StepResult, what: oracle.Change) -> None:
+        self.duplicates += result.duplicate
+        self.story.note(what, moves=result.applied, updates=int(result.applied))
+        made = self.story.version if result.applied else None
+        assert result.applied_version == made, f"{self.session.id} made {result.applied_version}"
+        self._check(result.raw)
+
+    def _check(self, reply: Mapping[str, Any]) -> None:
+        """Nobody else changes this session: the counters are those of the story."""
+        told = (reply["version"], reply["updates"])
+        assert told == (self.story.version, self.story.updates), (
+            f"{self.session.id} says {told}, its story {self.story.version, self.story.updates}"
+        )
+
+    def put_params(self) -> None:
+        seed = self.rng.getrandbits(32)
+        params = oracle.tensors(seed, self.spec.shapes, self.spec.dtype)
+        reply = self._again(lambda: self.session.put_params(params))
+        self.story.note(oracle.PutParams(seed), moves=True)
+        self._check(reply)
+
+    def patch_group(self) -> None:
+        lr = self.rng.uniform(0.001, 0.1)
+        reply = self._again(lambda: self.session.patch_group(0, lr=lr))
+        self.story.note(oracle.PatchGroup(0, lr))
+        self._check(reply)
+
+    def advance(self) -> None:
+        reply = self._again(self.session.scheduler_step)
+        self.story.note(oracle.Advance())
+        self._check(reply)
+
+    def put_loss(self) -> None:
+        loss = round(self.rng.uniform(0, 10), 3)
+        version = self.story.version
+        reply = self._again(lambda: self.session.put_metrics(version, {"loss": loss}))
+        self.story.note(oracle.PutLoss(loss))
+        self._check(reply)
+
+    def roll_back(self) -> None:
+        version = self._near()
+        reply = self._past_change("POST", "rollback", {"version": version})
+        if reply is not None:
+            self.story.roll_back(version)
+            self.trial = None
+            self._check(reply)
+
+    def pin(self) -> None:
+        if self.pinned is not None:
+            reply = self._past_change("DELETE", f"versions/{self.pinned}/pin")
+            self.pinned = None
+        else:
+            version = self._near()
+            reply = self._past_change("POST", f"versions/{version}/pin", {"name": "kept"})
+            self.pinned = None if reply is None else version
+        if reply is not None:
+            self.story.note(oracle.Nothing())
+            self._check(reply)
+
+    def _past_change(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Return the reply, or None where that version cannot be reached any more."""
+        try:
+            return self._again(lambda: change(self.session, method, path, body))
+        except errors.Invalid as exc:
+            assert "cannot be reached any more" in exc.detail, exc.detail
+            self.unreachable += 1
+            return None
+
+    def _near(self) -> int:
+        """Return one of the last few versions, most of which can be reached."""
+        now = self.story.version
+        return self.rng.randint(max(self.story.first.version, now - 4), now)
+
+    def fork(self, name: str) -> Owned | None:
+        """Return a copy, which goes its own way; None if the version cannot be reached any more."""
+        version = self._near() if self._past and not self.searching else None
+        client = self.session._client
+        try:
+            session = self._again(lambda: self.session.fork(name, version=version))
+        except errors.SessionExists:  # made by an earlier call that the client had to give up
+            session = client.session(name)
+        except errors.Invalid as exc:
+            assert "cannot be reached any more" in exc.detail, exc.detail
+            self.unreachable += 1
+            return None
+        made = Owned(
+            self.spec,
+            session,
+            self.story.forked(version),
+            self.rng,
+            self._again,
+            past=self._past,
+        )
+        if version is None:
+            made.trial, made.search = self.trial, self.search
+        return made
+
+    def export(self) -> None:
+        """Have the tree compare the state file as it is now."""
+        self.story.head.exports.append(bytes(self._again(self.session.export_state)))
+
+
+class Trainer(threading.Thread):
+    """A program with one client that trains its sessions until :attr:`enough` is set."""
+
+    def __init__(
+        self,
+        client: Client,
+        specs: Mapping[str, Spec],
+        seed: int,
+        *,
+        past: bool = True,
+        least: int = 40,
+        limit: int | None = None,
+        durability: str | None = None,
+    ) -> None:
+        """Nothing is sent yet.
+
+        Args:
+            client: Its own.
+            specs: Of its sessions, by their ids.
+            seed: Of everything that it draws.
+            past: Go back to earlier versions too.
+            least: Changes to make before it ends.
+            limit: Changes after which it ends by itself.
+            durability: Of its sessions.
+        """
+        super().__init__(name=f"trainer-{seed}", daemon=True)
+        self.client, self.past = client, past
+        self.enough = threading.Event()
+        self.changes = 0
+        #: Calls that the client gave up, so that they were made again.
+        self.given_up = 0
+        self.owned: list[Owned] = []
+        #: A session that others step too: id, and what each acknowledged step made.
+        self.shared: tuple[str, Spec] | None = None
+        self.shared_steps: list[tuple[int, int]] = []
+        self.failure: BaseException | None = None
+        self._specs, self._rng = specs, random.Random(seed)
+        self._least, self._limit, self._durability = least, limit, durability
+        self._forks = 0
+        self._fork: Owned | None = None
+
+    def again(self, call: Callable[[], T]) -> T:
+        """Make a call until it is answered, as the client's docstring says."""
+        for _ in range(PATIENCE):
+            try:
+                return call()
+            except (errors.TransportError, errors.ServerError) as exc:
+                self.given_up += 1
+                last = exc
+        raise last
+
+    def run(self) -> None:
+        try:
+            for name, spec in self._specs.items():
+                self._create(name, spec)
+            while not self._ended():
+                self._act()
+                self.changes += 1
+            self._end_fork()
+            for one in self.owned:
+                one.export()
+        except BaseException as exc:
+            self.failure = exc
+        finally:
+            self.client.close()
+
+    def finish(self, limit_s: float = 120) -> None:
+        """Have it end, wait for that, and raise what it failed with."""
+        self.enough.set()
+        self.join(limit_s)
+        if self.failure is not None:
+            raise self.failure
+        assert not self.is_alive(), f"{self.name} hangs after {self.changes} changes"
+
+    def _ended(self) -> bool:
+        if self._limit is not None and self.changes >= self._limit:
+            return True
+        return self.enough.is_set() and self.changes >= self._least
+
+    def _create(self, name: str, spec: Spec) -> None:
+        params = oracle.tensors(self._rng.getrandbits(32), spec.shapes, spec.dtype)
+        session = self.again(lambda: self._created(name, spec, params))
+        tree = Tree(spec.body, params, self.again(session.status)["impl"])
+        self.owned.append(Owned(spec, session, Story(tree), self._rng, self.again, past=self.past))
+
+    def _created(self, name: str, spec: Spec, params: oracle.Tensors) -> Session:
+        fields = dict(spec.body)
+        optimizer = fields.pop("optimizer")
+        if self._durability is not None:
+            fields["durability"] = self._durability
+        return self.client.create(optimizer, params, id=name, **fields)
+
+    def _act(self) -> None:
+        if self.shared is not None and self._rng.random() < 0.15:
+            self._step_shared()
+            return
+        draw = self._rng.random()
+        one = self._rng.choice(self.owned)
+        if draw < 0.02:
+            self._end_fork()
+            self._forks += 1
+            name = f"{one.session.id}-{self._forks}"
+            self._fork = one.fork(name)
+        elif draw < 0.1 and self._fork is not None:
+            self._fork.act()
+        else:
+            one.act()
+
+    def _end_fork(self) -> None:
+        if self._fork is not None:
+            self._fork.export()
+            self.again(self._fork.session.delete)
+            self._fork = None
+
+    def _step_shared(self) -> None:
+        assert self.shared is not None
+        name, spec = self.shared
+        seed = self._rng.getrandbits(32)
+        grads = oracle.tensors(seed, spec.shapes, spec.dtype)
+        result = self.again(lambda: self.client.session(name).step(grads, returns="none"))
+        assert result.applied_version is not None
+        self.shared_steps.append((result.applied_version, seed))
