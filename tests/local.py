@@ -55,6 +55,8 @@ def step(
     session: Session, grads: Mapping[str, Any], identity: Identity = NOBODY, **fields: Any
 ) -> Reply:
     """Send one step and wait for the reply."""
+    if session.cold:
+        session.load().result(60)
     body = {"grads": as_json(grads), **fields}
     if "params" in fields:
         body["params"] = as_json(fields["params"])

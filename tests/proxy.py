@@ -88,23 +88,21 @@ class Proxy:
             while (request := await _read_message(reader)) is not None:
                 if upstream is None:
                     upstream = await self._connect()
-                if not await self._exchange(request, writer, upstream):
+                if not await self._exchange(request, (reader, writer), upstream):
                     break
-        except (OSError, EOFError):
+        except (OSError, EOFError, asyncio.CancelledError):
             pass
         finally:
             for one in (writer, *((upstream[1],) if upstream else ())):
-                await _close(one, reset=self._rng.random() < 0.5)
+                _close(one, reset=self._rng.random() < 0.5)
 
     async def _connect(self) -> Streams:
         return await asyncio.open_connection(*self._target, limit=LIMIT_BYTES)
 
-    async def _exchange(
-        self, request: bytes, client: asyncio.StreamWriter, upstream: Streams
-    ) -> bool:
+    async def _exchange(self, request: bytes, downstream: Streams, upstream: Streams) -> bool:
         """Deliver one request and its reply, or not; return whether the connection goes on."""
         fault = self._draw(request)
-        reader, writer = upstream
+        (patient, client), (reader, writer) = downstream, upstream
         if fault == "drop_request":
             return False
         if fault == "cut_request":
@@ -122,7 +120,7 @@ class Proxy:
         if reply is None or fault in ("drop_reply", "duplicate_and_drop_reply"):
             return False
         if fault == "silence":
-            await asyncio.sleep(30)  # the client gives up long before
+            await patient.read(1)  # until the client gives up
             return False
         if fault == "cut_reply":
             client.write(reply[: self._rng.randrange(1, len(reply))])
@@ -161,7 +159,7 @@ class Proxy:
             if reply is not None:
                 self.replayed[int(reply.split(b" ", 2)[1])] += 1
         finally:
-            await _close(writer)
+            _close(writer)
 
     # --- other threads ---------------------------------------------------------------------------
 
@@ -204,12 +202,10 @@ async def _read_message(reader: asyncio.StreamReader) -> bytes | None:
     return head + await reader.readexactly(int(found[1]))
 
 
-async def _close(writer: asyncio.StreamWriter, *, reset: bool = False) -> None:
+def _close(writer: asyncio.StreamWriter, *, reset: bool = False) -> None:
     """End a connection, by FIN or by RST."""
     sock = writer.get_extra_info("socket")
     if reset and sock is not None:
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()

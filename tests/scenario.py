@@ -122,8 +122,8 @@ class Script:
     def updates(self, session: str, count: int) -> None:
         """Step a session without identities until it has ``count`` updates."""
 
-        def send(made: Registry) -> Reply:
-            found = made.get("default", session)
+        def send(made: Registry) -> Reply | None:
+            reply, found = None, made.get("default", session)
             while (done := found.status().result(60)["updates"]) < count:
                 reply = local.step(found, _arrays(1000 + done, session))
             return reply
@@ -261,7 +261,10 @@ def _request(made: Registry, index: int, tell: Callable[[dict[str, Any]], None])
     request = REQUESTS[index]
 
     def refused() -> None:
-        tell({"read": index, "digest": digest(made, request.session)})
+        try:
+            tell({"read": index, "digest": digest(made, request.session)})
+        except Unavailable as exc:
+            tell({"unread": index, "detail": exc.detail})
 
     reply = _patiently(f"{index} {request.what}", tell, lambda: request.send(made), refused)
     scalars = reply.scalars if reply is not None else {}
@@ -306,7 +309,7 @@ def _patiently(
 def warm() -> None:
     """Live once, so that everything is imported and compiled."""
     torch.set_num_threads(1)  # no pool of threads, which would not survive the fork
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(60))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     directory = Path(tempfile.mkdtemp(prefix="optserve-warm-"))
     try:
         live(directory, 0, lambda message: None)

@@ -23,8 +23,6 @@ from typing import IO, Protocol
 ROOT = Path(__file__).resolve().parents[1]
 READY = re.compile(r"^optserve \S+ ready at (\S+) \(.*, (\d+) threads, .*\)$")
 DEADLINE_S = 60.0
-from optserve.settings import Settings  # noqa: E402 INTERIM
-_DATA_DIR = "data_dir" in Settings.model_fields  # INTERIM
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -127,10 +125,10 @@ class ServerProcess:
             flags = ("--port", "0", *flags)
         self._own_dir: tempfile.TemporaryDirectory[str] | None = None
         variables = dict(env or {})
-        if data_dir is None and "--data-dir" not in flags and _DATA_DIR:  # INTERIM
+        if data_dir is None and "--data-dir" not in flags:
             self._own_dir = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             variables.setdefault("OPTSERVE_DATA_DIR", self._own_dir.name)
-        elif data_dir is not None and _DATA_DIR:
+        elif data_dir is not None:
             flags = (*flags, "--data-dir", str(data_dir))
         self._stderr = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed on exit
         launch = launch or execute(prefix, pass_fds, preexec)

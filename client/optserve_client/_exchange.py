@@ -60,7 +60,7 @@ class Retry:
     #: killed has to start again, read back and see its disk again in it.
     total_s: float = 60.0
     first_s: float = 0.1
-    longest_s: float = 5.0
+    longest_s: float = 2.0
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     jitter: Callable[[], float] = field(default=random.random, repr=False)
 

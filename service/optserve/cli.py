@@ -7,7 +7,7 @@ import platform
 
 import typer
 
-from optserve import __version__
+from optserve import __version__, logs
 from optserve.commands import sessions
 from optserve.commands.fsck import fsck
 from optserve.commands.serve import serve, variables_only
@@ -36,4 +36,5 @@ app.add_typer(sessions.app, name="sessions")
 
 def main() -> None:
     """Run the program."""
+    logs.configure("warning")  # serve has a level of its own
     app()

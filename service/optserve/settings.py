@@ -20,11 +20,11 @@ MIB = 1 << 20
 GIB = 1 << 30
 #: More threads than this only get in each other's way.
 THREADS_PER_CPU = 4
-#: Of no setting but not a mistake either: read by scripts/, or what Kubernetes injects for a
-#: service named optserve.
-_FOREIGN = re.compile(r"TORCH_INDEX|SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+|(DEMO|TEST)_\w+")
+#: Of no setting but not a mistake either: read by scripts/ or `optserve sessions`, or what
+#: Kubernetes injects for a service named optserve.
+_FOREIGN = re.compile(r"TORCH_INDEX|URL|SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+|(DEMO|TEST)_\w+")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_STORE = re.compile(r"memory|sqlite:///.+|postgresql\+psycopg://.+")
+_STORE = re.compile(r"memory|sqlite:///.+|postgresql(\+psycopg)?://.+")
 #: A password as a parameter of a URL.
 _PASSWORD = re.compile(r"([?&](?:ssl)?password=)[^&#]*", re.IGNORECASE)
 

@@ -14,21 +14,25 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from optserve.store import Key, Store
+from optserve.store.base import Durability
+from optserve.store.opening import open_store
 from optserve_client import Client
 from tests import oracle
-from tests.oracle import Story, Tree
-from tests.serving import Launch, ServerProcess, execute, free_port
-from tests.training import SPECS, Spec, Trainer
+from tests.conftest import Figure
 from tests.forked import Forkery
+from tests.oracle import Story, Tree
+from tests.serving import ServerProcess, free_port
+from tests.training import SPECS, Spec, Trainer
 
 CLIENTS = 8
+MEAN_LIFE_S = 0.4
 SHARED = Spec(name="shared", body={"optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9}})
 
 
@@ -51,104 +55,212 @@ class Place:
     """Where one server after the other serves the same sessions."""
 
     def __init__(self, forkery: Forkery, data_dir: Path, *flags: str, seed: int = 0) -> None:
+        self.data_dir = data_dir
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.kills = 0
-        self._forkery, self._data_dir = forkery, data_dir
+        self.kills = self.unready = 0
+        self._forkery = forkery
         self._flags = ("--port", str(self.port), "--threads", "1", *flags)
         self._rng = random.Random(seed)
 
-    def start(self, launch: Launch | None = None) -> ServerProcess:
-        return ServerProcess(
-            *self._flags, data_dir=self._data_dir, launch=launch or self._forkery.launch
-        )
+    def start(self, *, executed: bool = False) -> ServerProcess:
+        launch = None if executed else self._forkery.launch
+        return ServerProcess(*self._flags, data_dir=self.data_dir, launch=launch)
 
     def kill_one(self, *, executed: bool = False) -> None:
         """Start a server, and kill it at a random moment: while it starts, or some time later."""
-        server = self.start(execute() if executed else None)
+        server = self.start(executed=executed)
         try:
             if self._rng.random() < 0.25:
                 time.sleep(self._rng.uniform(0, 5 if executed else 0.15))
+                self.unready += 1
             else:
                 server.wait_ready()
-                time.sleep(min(self._rng.expovariate(1 / 0.4), 3.0))
-            assert server.process.poll() is None, server.stderr()
-            assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+                time.sleep(min(self._rng.expovariate(1 / MEAN_LIFE_S), 10 * MEAN_LIFE_S))
+            kill(server)
             self.kills += 1
         finally:
             server.close()
 
 
-def train(url: str, durability: str | None, **options: Any) -> list[Trainer]:
-    """Start the clients; two of them share one session beside their own."""
-    dealt: list[dict[str, Spec]] = [{} for _ in range(CLIENTS)]
-    for i, spec in enumerate(SPECS):
-        dealt[i % CLIENTS][spec.name] = spec
-    trainers = [
-        Trainer(Client(url), specs, seed, durability=durability, **options)
-        for seed, specs in enumerate(dealt)
+def kill(server: ServerProcess) -> None:
+    assert server.process.poll() is None, f"it ended by itself:\n{server.stderr()}"
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+
+
+def dealt(specs: Sequence[Spec]) -> list[dict[str, Spec]]:
+    """Deal specs out to the clients; those that get none begin again."""
+    hands: list[dict[str, Spec]] = [{} for _ in range(CLIENTS)]
+    for i in range(max(len(specs), CLIENTS)):
+        spec = specs[i % len(specs)]
+        name = spec.name if i < len(specs) else f"{spec.name}-again"
+        hands[i % CLIENTS][name] = spec
+    return hands
+
+
+def train(url: str, specs: Sequence[Spec], durability: Durability | None) -> list[Trainer]:
+    """Return the clients, which have not started."""
+    return [
+        Trainer(Client(url), hand, seed, durability=durability)
+        for seed, hand in enumerate(dealt(specs))
     ]
-    params = oracle.tensors(0, SHARED.shapes)
-    body = dict(SHARED.body)
-    for trainer in trainers[:2]:
-        optimizer = body["optimizer"]
+
+
+def share(trainers: list[Trainer], durability: Durability | None) -> None:
+    """Create a session that these clients step beside their own."""
+    fields = dict(SHARED.body)
+    optimizer, params = fields.pop("optimizer"), oracle.tensors(0, SHARED.shapes)
+    trainers[0].client.create(optimizer, params, id=SHARED.name, durability=durability)
+    for trainer in trainers:
         trainer.shared = (SHARED.name, SHARED)
-        trainer.again(
-            lambda c=trainer.client: c.create(
-                optimizer, params, id=SHARED.name, durability=durability
-            )
-        )
+
+
+def survive(place: Place, trainers: list[Trainer], kills: int) -> None:
+    """Let them train while one server after the other is killed; the last one stays."""
     for trainer in trainers:
         trainer.start()
-    return trainers
+    for i in range(kills):
+        place.kill_one(executed=i % 25 == 12)
+        for trainer in trainers:
+            if trainer.failure is not None:
+                raise trainer.failure
 
 
-def finish(trainers: list[Trainer]) -> None:
-    for trainer in trainers:
-        trainer.enough.set()
-    for trainer in trainers:
-        trainer.join(120)
-        if trainer.failure is not None:
-            raise trainer.failure
-        assert not trainer.is_alive(), f"{trainer.name} hangs"
-
-
-def check_shared(trainers: list[Trainer], client: Client) -> int:
-    """Replay what two clients stepped in the order that the replies gave; return the steps."""
+def shared_story(trainers: list[Trainer], impl: str) -> Story:
+    """Return what several clients stepped, in the order that the replies gave."""
     steps = sorted(pair for trainer in trainers for pair in trainer.shared_steps)
     assert [version for version, _ in steps] == list(range(1, len(steps) + 1))
-    tree = Tree(SHARED.body, oracle.tensors(0, SHARED.shapes), client.session("shared").status()["impl"])
-    story = Story(tree)
+    story = Story(Tree(SHARED.body, oracle.tensors(0, SHARED.shapes), impl))
     for _, seed in steps:
         story.note(oracle.Step(seed), moves=True, updates=1)
-    story.head.exports.append(bytes(client.session(SHARED.name).export_state()))
-    tree.check()
-    return len(steps)
+    return story
 
 
-def check_versions(client: Client, trainers: list[Trainer]) -> None:
-    """Every version of every session is in its history, once."""
-    for trainer in trainers:
-        for one in trainer.owned:
-            after, seen = 0, 0
-            while rows := client.session(one.session.id).history(after):
-                assert [row["version"] for row in rows] == list(
-                    range(after + 1, after + 1 + len(rows))
-                )
-                after, seen = rows[-1]["version"], seen + len(rows)
-            assert seen == one.story.version
+def stories(trainers: list[Trainer], client: Client) -> dict[str, Story]:
+    found = {one.session.id: one.story for trainer in trainers for one in trainer.owned}
+    if any(trainer.shared for trainer in trainers):
+        impl = client.session(SHARED.name).status()["impl"]
+        found[SHARED.name] = shared_story(trainers, impl)
+    return found
 
 
-def test_training(forkery: Forkery, tmp_path: Path) -> None:
-    place = Place(forkery, tmp_path)
-    with place.start():
-        trainers = train(place.url, None, past=False, least=300)
-        finish(trainers)
+def look(client: Client, found: Mapping[str, Story]) -> None:
+    """Compare what the server says of each session, and note its state file for the oracle."""
+    assert {row["id"] for row in client.list(limit=1000).sessions} == set(found)
+    for name, story in found.items():
+        session = client.session(name)
+        status = session.status()
+        assert (status["version"], status["updates"]) == (story.version, story.updates)
+        assert status["recovery"]["bit_exact"], status["recovery"]
+        story.head.exports.append(bytes(session.export_state()))
+
+
+def look_at_history(client: Client, found: Mapping[str, Story]) -> None:
+    """Every version of every session is there once."""
+    for name, story in found.items():
+        versions: list[int] = []
+        while rows := client.session(name).history(versions[-1] if versions else 0):
+            versions += [row["version"] for row in rows]
+        assert versions == list(range(1, story.version + 1)), name
+
+
+def check_journals(store: Store, found: Mapping[str, Story]) -> None:
+    """The journals hold what was acknowledged and nothing else, each request once."""
+    try:
+        for name, story in found.items():
+            events = list(store.events(Key("default", name), payloads=False))
+            assert [event.lsn for event in events] == list(range(1, len(events) + 1))
+            seqs: dict[str, list[int]] = {}
+            for event in events[1:]:
+                assert event.worker is not None
+                assert event.seq is not None
+                seqs.setdefault(event.worker, []).append(event.seq)
+            for worker, sent in seqs.items():
+                assert sent == list(range(1, len(sent) + 1)), f"{name}: {worker}"
+            made = [(event.version, event.updates) for event in events[1:]]
+            assert made == [(node.version, node.updates) for node in story.log], name
+    finally:
+        store.close()
+
+
+def check_all(place: Place, trainers: list[Trainer], open_it: Callable[[], Store]) -> int:
+    """Compare everything with the oracle, as three servers read it back; return the changes."""
+    with place.start() as server:
+        for trainer in trainers:
+            trainer.finish()
         with Client(place.url) as client:
-            check_versions(client, trainers)
-            n = check_shared(trainers, client)
-    print("shared", n, "changes", sum(t.changes for t in trainers))
-    for t in trainers:
-        for o in t.owned:
-            t0=time.time()
-            print(o.session.id, len(o.story.log), o.story.tree.check(), time.time()-t0)
+            found = stories(trainers, client)
+            look(client, found)
+        kill(server)
+    with place.start() as server, Client(place.url) as client:
+        look(client, found)
+        look_at_history(client, found)
+        assert server.stop() == 0, server.stderr()
+    check_journals(open_it(), found)
+    with place.start(), Client(place.url) as client:
+        look(client, found)
+    for name, story in found.items():
+        assert story.tree.check() >= 3, name
+    return sum(trainer.changes for trainer in trainers)
+
+
+@pytest.mark.timeout(3 * 3600)
+def test_nothing_is_lost_or_applied_twice(
+    forkery: Forkery, tmp_path: Path, long_form: bool, figure: Figure
+) -> None:
+    kills = 2_000 if long_form else 100
+    place = Place(forkery, tmp_path, seed=1)
+    trainers = train(place.url, SPECS, None)
+    with place.start():
+        share(trainers[:2], None)
+    survive(place, trainers, kills)
+    changes = check_all(
+        place, trainers, lambda: open_store(url=None, data_dir=tmp_path, files=None)
+    )
+    repeated = sum(one.duplicates for trainer in trainers for one in trainer.owned)
+    assert place.kills == kills
+    assert repeated > 0
+    figure("kill -9, SQLite: kills survived", place.kills, "kills")
+    figure("kill -9, SQLite: changes acknowledged, 0 lost, 0 applied twice", changes, "changes")
+    figure("kill -9, SQLite: steps whose first answer the kill took", repeated, "steps")
+    given_up = sum(trainer.given_up for trainer in trainers)
+    figure("kill -9, SQLite: calls that the client had to give up", given_up, "calls")
+
+
+def test_a_process_that_dies_loses_nothing_with_durability_os(
+    forkery: Forkery, tmp_path: Path, long_form: bool, figure: Figure
+) -> None:
+    kills = 200 if long_form else 15
+    # Few sessions fit into memory at once: they are put away and read back all the time.
+    place = Place(forkery, tmp_path, "--memory-budget", "4MiB", seed=2)
+    trainers = train(place.url, SPECS, "os")
+    with place.start():
+        share(trainers[:2], "os")
+    survive(place, trainers, kills)
+    changes = check_all(
+        place, trainers, lambda: open_store(url=None, data_dir=tmp_path, files=None)
+    )
+    figure("kill -9, durability os: changes acknowledged, 0 lost", changes, "changes")
+
+
+def test_a_session_kept_in_memory_says_what_it_lost(
+    forkery: Forkery, tmp_path: Path, long_form: bool, figure: Figure
+) -> None:
+    kills = 200 if long_form else 12
+    place = Place(forkery, tmp_path, seed=3)
+    specs = [spec for spec in SPECS if spec.name != "lbfgs"]
+    trainers = train(place.url, specs, "memory")
+    survive(place, trainers, kills)
+    with place.start() as server:
+        for trainer in trainers:
+            trainer.finish()
+        assert server.stop() == 0, server.stderr()
+    with place.start(), Client(place.url) as client:
+        look(client, stories(trainers, client))
+    owned = [one for trainer in trainers for one in trainer.owned]
+    for one in owned:
+        assert one.story.tree.check() >= 2
+    assert sum(one.rewinds for one in owned) > 0
+    assert sum(one.lost for one in owned) > 0
+    figure("kill -9, durability memory: rewinds told", sum(one.rewinds for one in owned), "rewinds")
+    figure("kill -9, durability memory: lost and told", sum(one.lost for one in owned), "changes")

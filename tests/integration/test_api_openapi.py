@@ -175,6 +175,7 @@ BODIES: list[Any] = [
     {"lr": 0.01, "abandon": True},
     {"name": "a name"},
     {"version": 0, "metrics": {"acc": 0.5}},
+    {"version": 0, "abandon": True},
     {"metrics": 0.5},
     {"name": "CosineAnnealingLR", "T_max": 5},
     CREATE,
@@ -189,6 +190,7 @@ BODIES: list[Any] = [
 QUERIES: dict[str, list[str]] = {
     "/params": ["weights=ema&encoding=base64", "weights=best&names=w", "dtype=float16"],
     "/history": ["format=csv", "format=ndjson", "after=1&limit=1"],
+    "/versions": ["after=0&limit=1"],
     "/preview": ["steps=3", "steps=3&metrics=1&metrics=2"],
     "/v1/sessions": ["limit=1", "order_by=-name", "tag=a:b"],
 }
@@ -207,7 +209,7 @@ def likely_requests(
     queries = next((q for end, q in QUERIES.items() if operation.path.endswith(end)), [])
     for session in sessions if "{session_id}" in operation.path else [""]:
         for name in ("adamw", "step_lr") if "{name}" in operation.path else [""]:
-            names = {"session_id": session, "name": name, "index": 0}
+            names = {"session_id": session, "name": name, "index": 0, "version": 1}
             url = operation.path.format(**names)
             for body in bodies if operation.body else [None]:
                 kind = SAFETENSORS if isinstance(body, bytes) else "application/json"
@@ -217,8 +219,9 @@ def likely_requests(
             yield from ((names, f"{url}?{query}", {"headers": {}}) for query in queries)
 
 
-def is_delete(operation: Any) -> bool:
-    return bool(operation.label.startswith("DELETE"))
+def is_delete(operation: Any) -> int:
+    """Return 0 for what deletes nothing; the session itself comes last."""
+    return 0 if operation.method.upper() != "DELETE" else 1 + operation.path.endswith("_id}")
 
 
 def all_operations(document: dict[str, Any]) -> list[Any]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from optserve_client import AsyncClient, Client, errors
+from tests.forked import Forkery
 from tests.serving import ServerProcess, free_port
 
 ONE = {"w": np.ones(3, np.float32)}
@@ -23,15 +24,17 @@ ONE = {"w": np.ones(3, np.float32)}
 class Restarting:
     """A server on one address and one data directory, which can be killed and started again."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, forkery: Forkery, data_dir: Path) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._data_dir = data_dir
+        self._flags = ("--port", str(self.port), "--threads", "1")
+        self._forkery, self._data_dir = forkery, data_dir
         self.server = self._start()
         self.server.wait_ready()
 
     def _start(self) -> ServerProcess:
-        return ServerProcess("--port", str(self.port), "--threads", "1", data_dir=self._data_dir)
+        launch = self._forkery.launch
+        return ServerProcess(*self._flags, data_dir=self._data_dir, launch=launch)
 
     def kill(self) -> None:
         assert self.server.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -52,9 +55,15 @@ class Restarting:
         self.server.close()
 
 
+@pytest.fixture(scope="module")
+def forkery() -> Iterator[Forkery]:
+    with Forkery() as started:
+        yield started
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Restarting]:
-    restarting = Restarting(tmp_path)
+def place(forkery: Forkery, tmp_path: Path) -> Iterator[Restarting]:
+    restarting = Restarting(forkery, tmp_path)
     try:
         yield restarting
     finally:

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,28 @@ import numpy as np
 import pytest
 import xxhash
 
-from optserve.store import Event, Key, MemoryStore, Store
+from optserve.store import Key, MemoryStore, Store
+from optserve.store.base import DURABILITIES, Durability
 from optserve.store.payloads import INLINE_BYTES, SEGMENT_BYTES
 from optserve_client.errors import (
+    Damaged,
     Internal,
     Misdirected,
     SessionExists,
     SessionNotFound,
     Unavailable,
+)
+from tests.stores import (
+    BACKENDS,
+    Backend,
+    commit,
+    event,
+    filled,
+    kept,
+    lsns,
+    make_backend,
+    payload,
+    snapshot,
 )
 
 KEPT_ROWS = 20
@@ -30,42 +45,18 @@ A, B = Key("default", "a"), Key("default", "b")
 #: Empty, small, on both sides of the inline limit, in a file, in a file of its own.
 SIZES = [0, 1, 1000, INLINE_BYTES, INLINE_BYTES + 1, 3 * 2**20 + 7, SEGMENT_BYTES + 1]
 
-BACKENDS: dict[str, Callable[[Path], Store]] = {
-    "memory": lambda path: MemoryStore(path, kept_rows=KEPT_ROWS),
-}
-
 
 @pytest.fixture(params=BACKENDS)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made = BACKENDS[request.param](tmp_path)
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
+    with make_backend(request.param, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def store(backend: Backend) -> Iterator[Store]:
+    made = backend.open(kept_rows=KEPT_ROWS)
     yield made
     made.close()
-
-
-def event(key: Key, lsn: int, kind: str | None = None, **fields: Any) -> Event:
-    kind = kind or ("create" if lsn == 1 else "step")
-    values: dict[str, Any] = {"version": lsn - 1, "updates": lsn - 1, "time": 1e9 + lsn}
-    return Event(key=key, lsn=lsn, kind=kind, **(values | fields))
-
-
-def payload(store: Store, data: bytes, hint: int | None = None) -> Any:
-    writer = store.writer(hint)
-    writer.write(data)
-    return writer.seal()
-
-
-def commit(store: Store, *events: Event) -> None:
-    for outcome in store.append(events):
-        assert outcome.error is None, outcome.error
-
-
-def filled(store: Store, key: Key, upto: int, *, size: int = 10) -> None:
-    for lsn in range(1, upto + 1):
-        commit(store, event(key, lsn, payload=payload(store, bytes([lsn % 256]) * size)))
-
-
-def lsns(store: Store, key: Key, **where: Any) -> list[int]:
-    return [e.lsn for e in store.events(key, **where)]
 
 
 def noise(size: int) -> bytes:
@@ -127,7 +118,7 @@ def test_a_record_comes_back_as_json_makes_it(store: Store) -> None:
 def test_what_is_not_strict_json_is_refused(store: Store, fields: dict[str, Any]) -> None:
     [outcome] = store.append([event(A, 1, **fields)])
     assert isinstance(outcome.error, Internal)
-    assert store.keys("default") == []
+    assert store.sessions() == []
 
 
 def test_a_create_is_refused_where_the_key_exists(store: Store) -> None:
@@ -142,13 +133,13 @@ def test_a_create_is_refused_where_the_key_exists(store: Store) -> None:
 def test_any_other_event_is_refused_where_the_key_does_not_exist(store: Store) -> None:
     [outcome] = store.append([event(A, 1, "step")])
     assert isinstance(outcome.error, SessionNotFound)
-    assert store.keys("default") == []
+    assert store.sessions() == []
 
 
 def test_a_create_has_lsn_1(store: Store) -> None:
     [outcome] = store.append([event(A, 2, "create")])
     assert isinstance(outcome.error, Internal)
-    assert store.keys("default") == []
+    assert store.sessions() == []
 
 
 @pytest.mark.parametrize("lsn", [0, 1, 3, 5])
@@ -207,16 +198,15 @@ def test_the_same_session_id_under_two_tenants_is_two_sessions(store: Store) -> 
     commit(store, event(Key("t1", "s"), 1), event(Key("t2", "s"), 1), event(Key("t1", "s"), 2))
     assert lsns(store, Key("t1", "s")) == [1, 2]
     assert lsns(store, Key("t2", "s")) == [1]
-    assert store.keys("t1") == [Key("t1", "s")]
+    assert [row.key for row in store.sessions()] == [Key("t1", "s"), Key("t2", "s")]
 
 
-def test_keys_come_in_the_order_of_creation(store: Store) -> None:
+def test_sessions_come_in_the_order_of_creation(store: Store) -> None:
     names = ["m", "z", "a", "k"]
     for name in names:
         commit(store, event(Key("default", name), 1))
     commit(store, event(Key("default", "m"), 2))
-    assert [key.session for key in store.keys("default")] == names
-    assert store.keys("nobody") == []
+    assert [row.key.session for row in store.sessions()] == names
 
 
 # --- owners --------------------------------------------------------------------------------------
@@ -329,59 +319,77 @@ def test_writers_that_are_open_together_do_not_mix(store: Store) -> None:
 # --- snapshots -----------------------------------------------------------------------------------
 
 
-def test_the_newest_snapshot_at_or_below_an_lsn_is_found(store: Store) -> None:
+def frame(store: Store, key: Key, lsn: int) -> bytes | None:
+    found = store.read_snapshot(key, lsn)
+    return None if found is None else found.read()
+
+
+def test_a_snapshot_is_read_by_its_lsn(store: Store) -> None:
     filled(store, A, 6)
-    assert store.latest_snapshot(A) is None
-    store.snapshot(A, 2, [b"two"])
-    store.snapshot(A, 5, [b"fi", memoryview(b"ve")])
-    for upto, want in [(None, (5, b"five")), (5, (5, b"five")), (4, (2, b"two")), (1, None)]:
-        found = store.latest_snapshot(A, upto)
-        assert (found and (found[0], found[1].read())) == want
-    assert store.latest_snapshot(B) is None
+    assert store.snapshots(A) == []
+    snapshot(store, A, 2, b"two")
+    snapshot(store, A, 5, b"five")
+    assert kept(store, A) == [2, 5]
+    assert [frame(store, A, lsn) for lsn in (2, 5)] == [b"two", b"five"]
+    assert [frame(store, A, lsn) for lsn in (1, 3, 6)] == [None] * 3
+    assert frame(store, B, 2) is None
+
+
+def test_the_row_of_a_snapshot_says_what_it_is(store: Store) -> None:
+    filled(store, A, 3)
+    before = time.time()
+    snapshot(store, A, 3, b"three", pin="best")
+    [row] = store.snapshots(A)
+    assert (row.lsn, row.version, row.nbytes, row.pin) == (3, 2, 5, "best")
+    assert before <= row.time <= time.time()
 
 
 def test_only_the_newest_two_snapshots_stay(store: Store) -> None:
     filled(store, A, 9)
     for lsn in (2, 5, 9):
-        store.snapshot(A, lsn, [bytes([lsn])])
-    assert store.latest_snapshot(A, 4) is None
-    found = store.latest_snapshot(A, 8)
-    assert found is not None
-    assert found[0] == 5
+        snapshot(store, A, lsn)
+    assert kept(store, A) == [5, 9]
+    assert frame(store, A, 2) is None
+    snapshot(store, A, 3)
+    assert kept(store, A) == [5, 9]
 
 
 def test_a_snapshot_of_the_same_lsn_replaces_the_one_before(store: Store) -> None:
     filled(store, A, 3)
-    store.snapshot(A, 3, [b"old"])
-    store.snapshot(A, 3, [b"new"])
-    found = store.latest_snapshot(A)
-    assert found is not None
-    assert found[1].read() == b"new"
+    snapshot(store, A, 3, noise(100_000))
+    snapshot(store, A, 3, b"new")
+    assert kept(store, A) == [3]
+    assert frame(store, A, 3) == b"new"
     assert all(e.payload is not None for e in store.events(A))
 
 
-def test_a_large_snapshot_comes_back_byte_for_byte(store: Store) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_a_frame_comes_back_byte_for_byte(store: Store, size: int) -> None:
     filled(store, A, 1)
-    data = noise(2**21)
-    store.snapshot(A, 1, (data[at : at + 65_000] for at in range(0, len(data), 65_000)))
-    found = store.latest_snapshot(A)
+    snapshot(store, A, 1, noise(size))
+    found = store.read_snapshot(A, 1)
     assert found is not None
-    assert found[1].read() == data
+    assert found.read() == b"".join(found.chunks(100_001)) == noise(size)
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_a_frame_may_come_from_any_writer_of_the_store(
+    store: Store, durability: Durability
+) -> None:
+    filled(store, A, 2)
+    for lsn, size in ((1, 10), (2, 200_000)):
+        store.snapshot(A, lsn, payload(store, noise(size), size, durability))
+        assert frame(store, A, lsn) == noise(size)
 
 
 def test_payloads_at_or_below_the_older_snapshot_go_and_their_rows_stay(store: Store) -> None:
     filled(store, A, 8)
-    store.snapshot(A, 3, [b"s"])
+    snapshot(store, A, 3)
     assert all(e.payload is not None for e in store.events(A))
-    store.snapshot(A, 6, [b"s"])
+    snapshot(store, A, 6)
     assert [e.payload is not None for e in store.events(A)] == [False] * 3 + [True] * 5
-    assert [e.payload.read()[0] for e in store.events(A, after_lsn=3) if e.payload] == [
-        4,
-        5,
-        6,
-        7,
-        8,
-    ]
+    above = [e.payload.read()[0] for e in store.events(A, after_lsn=3) if e.payload]
+    assert above == [4, 5, 6, 7, 8]
 
 
 def test_who_reads_a_payload_reads_it_to_its_end_although_it_is_dropped(store: Store) -> None:
@@ -389,55 +397,352 @@ def test_who_reads_a_payload_reads_it_to_its_end_although_it_is_dropped(store: S
     held = list(store.events(A))
     chunks = [e.payload.chunks(1000) for e in held if e.payload]
     firsts = [bytes(next(c)) for c in chunks]
-    store.snapshot(A, 2, [b"s"])
-    store.snapshot(A, 3, [b"s"])
+    snapshot(store, A, 2)
+    snapshot(store, A, 3)
     store.delete(A)
     filled(store, B, 3, size=200_000)
     for lsn, (first, rest) in enumerate(zip(firsts, chunks, strict=True), start=1):
         assert first + b"".join(rest) == bytes([lsn]) * 200_000
+    # And again from the start, by who has only held it until now.
+    assert [e.payload.read()[0] for e in held if e.payload] == [1, 2, 3]
+
+
+def test_who_reads_a_frame_reads_it_to_its_end_although_it_is_dropped(store: Store) -> None:
+    filled(store, A, 3)
+    snapshot(store, A, 1, noise(200_000))
+    held = store.read_snapshot(A, 1)
+    assert held is not None
+    snapshot(store, A, 2)
+    snapshot(store, A, 3)
+    store.delete(A)
+    assert held.read() == noise(200_000)
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_events_that_are_walked_while_they_are_dropped_come_all(store: Store, size: int) -> None:
+    filled(store, A, 200)
+    commit(store, event(A, 201, payload=payload(store, noise(size))))
+    walk = store.events(A)
+    first = next(walk)
+    snapshot(store, A, 200)
+    snapshot(store, A, 201)
+    rest = list(walk)
+    assert [e.lsn for e in (first, *rest)] == list(range(1, 202))
+    assert all(e.payload is None or e.payload.read() for e in rest)
 
 
 def test_rows_below_the_older_snapshot_are_kept_up_to_a_limit(store: Store) -> None:
     filled(store, A, KEPT_ROWS + 10)
-    store.snapshot(A, 5, [b"s"])
-    store.snapshot(A, 12, [b"s"])
+    snapshot(store, A, 5)
+    snapshot(store, A, 12)
     assert lsns(store, A)[0] == 6  # 5 is all that may go, although 10 are too many
-    store.snapshot(A, KEPT_ROWS + 10, [b"s"])
+    snapshot(store, A, KEPT_ROWS + 10)
     assert lsns(store, A) == list(range(11, KEPT_ROWS + 11))
     assert lsns(store, A, after_lsn=3, upto_lsn=12) == [11, 12]
     commit(store, event(A, KEPT_ROWS + 11))
     assert lsns(store, A, after_lsn=KEPT_ROWS + 9) == [KEPT_ROWS + 10, KEPT_ROWS + 11]
-    assert [e.payload is not None for e in store.events(A, after_lsn=11)] == [False] + [True] * (
-        KEPT_ROWS - 2
-    ) + [False]
+    whole = [e.payload is not None for e in store.events(A, after_lsn=11)]
+    assert whole == [False] + [True] * (KEPT_ROWS - 2) + [False]
 
 
 @pytest.mark.parametrize("lsn", [0, 4, -1])
 def test_a_snapshot_of_an_uncommitted_lsn_is_refused(store: Store, lsn: int) -> None:
     filled(store, A, 3)
     with pytest.raises(ValueError, match=rf"snapshot lsn must be in \[1, 3\], got {lsn}"):
-        store.snapshot(A, lsn, [b"s"])
-    assert store.latest_snapshot(A) is None
+        snapshot(store, A, lsn)
+    assert store.snapshots(A) == []
 
 
 def test_a_snapshot_of_an_unknown_session_is_refused(store: Store) -> None:
     with pytest.raises(SessionNotFound):
-        store.snapshot(A, 1, [b"s"])
+        snapshot(store, A, 1)
 
 
-def test_a_snapshot_that_fails_half_way_changes_nothing(store: Store) -> None:
-    def torn() -> Iterator[bytes]:
-        yield noise(100_000)
-        raise RuntimeError("torn")
+class _Torn:
+    """A payload whose medium has lost its end."""
 
+    nbytes = 100_000
+    digest = b"\0" * 16
+
+    def chunks(self, size: int = 1000) -> Iterator[memoryview]:
+        yield memoryview(bytes(1000))
+        raise Damaged("torn")
+
+    def read(self) -> bytes:
+        return b"".join(self.chunks())
+
+    def discard(self) -> None:
+        pass
+
+
+def test_a_frame_that_does_not_read_back_changes_nothing(store: Store) -> None:
     filled(store, A, 3)
-    store.snapshot(A, 1, [b"one"])
-    with pytest.raises(RuntimeError, match="torn"):
-        store.snapshot(A, 2, torn())
-    found = store.latest_snapshot(A)
-    assert found is not None
-    assert (found[0], found[1].read()) == (1, b"one")
+    snapshot(store, A, 1, b"one")
+    with pytest.raises(Damaged, match="torn"):
+        store.snapshot(A, 2, _Torn())
+    assert kept(store, A) == [1]
+    assert frame(store, A, 1) == b"one"
     assert all(e.payload is not None for e in store.events(A))
+
+
+# --- pins ----------------------------------------------------------------------------------------
+
+
+def test_a_pinned_snapshot_stays_until_it_is_let_go(store: Store) -> None:
+    filled(store, A, 9)
+    snapshot(store, A, 2, b"two", pin="best")
+    for lsn in (5, 7, 9):
+        snapshot(store, A, lsn)
+    assert [(r.lsn, r.pin) for r in store.snapshots(A)] == [(2, "best"), (7, None), (9, None)]
+    assert frame(store, A, 2) == b"two"
+    assert store.unpin(A, 2) is True
+    assert kept(store, A) == [7, 9]
+    assert frame(store, A, 2) is None
+
+
+def test_letting_go_of_what_is_not_pinned_does_nothing(store: Store) -> None:
+    filled(store, A, 3)
+    snapshot(store, A, 2)
+    assert store.unpin(A, 2) is False
+    assert store.unpin(A, 3) is False
+    assert store.unpin(B, 1) is False
+    assert kept(store, A) == [2]
+
+
+def test_a_pin_among_the_newest_two_stays_without_its_name(store: Store) -> None:
+    filled(store, A, 3)
+    snapshot(store, A, 3, pin="p")
+    assert store.unpin(A, 3) is True
+    assert [(r.lsn, r.pin) for r in store.snapshots(A)] == [(3, None)]
+
+
+def test_a_snapshot_that_replaces_a_pinned_one_keeps_its_pin(store: Store) -> None:
+    filled(store, A, 3)
+    snapshot(store, A, 3, pin="p")
+    snapshot(store, A, 3, b"new")
+    assert [(r.lsn, r.pin) for r in store.snapshots(A)] == [(3, "p")]
+    snapshot(store, A, 3, pin="q")
+    assert [r.pin for r in store.snapshots(A)] == ["q"]
+
+
+def test_a_pinned_snapshot_counts_among_the_newest_two(store: Store) -> None:
+    filled(store, A, 9)
+    snapshot(store, A, 9, pin="p")
+    for lsn in (3, 5):
+        snapshot(store, A, lsn)
+    assert kept(store, A) == [5, 9]
+    assert [e.lsn for e in store.events(A) if e.payload] == [6, 7, 8, 9]
+
+
+# --- rewinds -------------------------------------------------------------------------------------
+
+
+def test_a_rewind_drops_what_is_behind_it(store: Store) -> None:
+    filled(store, A, 6, size=100_000)
+    snapshot(store, A, 2)
+    snapshot(store, A, 5, noise(100_000))
+    commit(store, event(A, 4, "rewind", payload=payload(store, b"new")))
+    assert [(e.lsn, e.kind) for e in store.events(A)][2:] == [(3, "step"), (4, "rewind")]
+    assert kept(store, A) == [2]
+    assert frame(store, A, 5) is None
+    commit(store, event(A, 5, payload=payload(store, noise(100_000))))
+    got = [e.payload.read() for e in store.events(A, after_lsn=3) if e.payload]
+    assert got == [b"new", noise(100_000)]
+    row = store.session(A)
+    assert row is not None
+    assert (row.last_lsn, row.version, row.suspect) == (5, 4, False)
+
+
+def test_a_rewind_can_follow_the_last_event(store: Store) -> None:
+    filled(store, A, 3)
+    commit(store, event(A, 4, "rewind"))
+    assert lsns(store, A) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("lsn", [0, 1, 5])
+def test_a_rewind_begins_behind_the_create_and_leaves_no_gap(store: Store, lsn: int) -> None:
+    filled(store, A, 3)
+    [outcome] = store.append([event(A, lsn, "rewind")])
+    assert isinstance(outcome.error, Internal)
+    assert lsns(store, A) == [1, 2, 3]
+    assert [e.payload is not None for e in store.events(A)] == [True] * 3
+
+
+def test_a_rewind_of_no_session_or_by_a_fenced_owner_is_refused(store: Store) -> None:
+    [outcome] = store.append([event(A, 2, "rewind")])
+    assert isinstance(outcome.error, SessionNotFound)
+    filled(store, A, 3)
+    store.claim(A)
+    [outcome] = store.append([event(A, 2, "rewind")])
+    assert isinstance(outcome.error, Misdirected)
+    assert lsns(store, A) == [1, 2, 3]
+
+
+def test_a_rewind_below_the_older_snapshot_lets_new_events_keep_their_payloads(
+    store: Store,
+) -> None:
+    filled(store, A, 6)
+    snapshot(store, A, 4)
+    snapshot(store, A, 6)
+    commit(store, event(A, 2, "rewind", payload=payload(store, b"r")))
+    commit(store, event(A, 3, payload=payload(store, b"s")))
+    assert [e.payload and e.payload.read() for e in store.events(A)] == [None, b"r", b"s"]
+    assert kept(store, A) == []
+
+
+# --- durability ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_events_of_each_durability_are_seen_at_once(
+    store: Store, durability: Durability, size: int
+) -> None:
+    filled(store, A, 5, size=size, durability=durability)
+    assert lsns(store, A) == [1, 2, 3, 4, 5]
+    assert [e.payload.read() for e in store.events(A) if e.payload] == [
+        bytes([lsn]) * size for lsn in range(1, 6)
+    ]
+    assert lsns(store, A, after_lsn=2, upto_lsn=4) == [3, 4]
+    assert lsns(store, A, kinds={"create"}) == [1]
+    row = store.session(A)
+    assert row is not None
+    assert (row.last_lsn, row.version, row.changed) == (5, 4, 1e9 + 5)
+    assert [store.first_at(A, version) for version in range(6)] == [1, 2, 3, 4, 5, None]
+    assert [e.payload for e in store.events(A, payloads=False)] == [None] * 5
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_refusals_are_the_same_at_each_durability(store: Store, durability: Durability) -> None:
+    filled(store, A, 3, durability=durability)
+    for lsn in (2, 3, 5):
+        [outcome] = store.append([event(A, lsn, durability=durability)])
+        assert isinstance(outcome.error, Internal)
+        assert outcome.error.detail == (
+            f"event of session 'a' has lsn {lsn}, expected 4 (last committed 3)"
+        )
+    [outcome] = store.append([event(A, 1, durability=durability)])
+    assert isinstance(outcome.error, SessionExists)
+    bad = event(A, 4, record={"x": float("nan")}, durability=durability)
+    [outcome] = store.append([bad])
+    assert isinstance(outcome.error, Internal)
+    epoch = store.claim(A)
+    [outcome] = store.append([event(A, 4, durability=durability)])
+    assert isinstance(outcome.error, Misdirected)
+    commit(store, event(A, 4, owner_epoch=epoch, durability=durability))
+    [outcome] = store.append([event(B, 2, durability=durability)])
+    assert isinstance(outcome.error, SessionNotFound)
+    assert lsns(store, A) == [1, 2, 3, 4]
+
+
+def test_sessions_of_all_durabilities_share_one_call(store: Store) -> None:
+    keys = {d: Key("default", d) for d in DURABILITIES}
+    batch = [event(keys[d], lsn, durability=d) for lsn in range(1, 5) for d in DURABILITIES]
+    batch.insert(4, event(A, 7))
+    outcomes = store.append(batch)
+    assert [(o.key, o.lsn) for o in outcomes] == [(e.key, e.lsn) for e in batch]
+    assert [i for i, o in enumerate(outcomes) if o.error is not None] == [4]
+    for key in keys.values():
+        assert lsns(store, key) == [1, 2, 3, 4]
+
+
+def test_a_session_may_change_between_always_and_os(store: Store) -> None:
+    order: list[Durability] = ["always", "os", "os", "always", "os", "always", "always"]
+    for lsn, durability in enumerate(order, start=1):
+        data = payload(store, noise(100_000 + lsn), 100_000, durability)
+        commit(store, event(A, lsn, payload=data, durability=durability))
+    assert lsns(store, A) == list(range(1, 8))
+    assert [e.payload.nbytes for e in store.events(A) if e.payload] == [
+        100_000 + lsn for lsn in range(1, 8)
+    ]
+
+
+def test_a_snapshot_ends_what_memory_alone_has(store: Store) -> None:
+    filled(store, A, 4, durability="memory")
+    snapshot(store, A, 4, b"four")
+    commit(store, event(A, 5), event(A, 6, durability="os"))
+    assert lsns(store, A) == [1, 2, 3, 4, 5, 6]
+    commit(store, event(A, 7, durability="memory"), event(A, 8, durability="memory"))
+    assert lsns(store, A) == list(range(1, 9))
+
+
+def test_a_snapshot_in_the_middle_of_what_memory_alone_has(store: Store) -> None:
+    filled(store, A, 6, durability="memory")
+    snapshot(store, A, 3, b"three")
+    assert lsns(store, A) == [1, 2, 3, 4, 5, 6]
+    assert [e.payload.read()[0] for e in store.events(A, after_lsn=3) if e.payload] == [4, 5, 6]
+    commit(store, event(A, 7, durability="memory"))
+    snapshot(store, A, 7, b"seven")
+    assert lsns(store, A) == list(range(1, 8))
+    assert [store.first_at(A, version) for version in (0, 3, 6, 7)] == [1, 4, 7, None]
+
+
+@pytest.mark.parametrize("lsn", [2, 4, 6])
+def test_a_rewind_of_what_memory_alone_has(store: Store, lsn: int) -> None:
+    filled(store, A, 5, size=100_000, durability="memory")
+    commit(store, event(A, lsn, "rewind", durability="memory"))
+    assert lsns(store, A) == list(range(1, lsn + 1))
+    commit(store, event(A, lsn + 1, durability="memory"))
+    assert lsns(store, A) == list(range(1, lsn + 2))
+    assert [e.payload.read() for e in store.events(A) if e.payload] == [
+        bytes([at]) * 100_000 for at in range(1, lsn)
+    ]
+
+
+def test_deleting_what_memory_alone_has(store: Store) -> None:
+    filled(store, A, 3, durability="memory")
+    assert store.delete(A) is True
+    assert lsns(store, A) == []
+    filled(store, A, 2, durability="memory")
+    assert lsns(store, A) == [1, 2]
+
+
+# --- what a store knows of a session -------------------------------------------------------------
+
+
+def test_the_row_of_a_session_follows_its_events(store: Store) -> None:
+    create = event(A, 1, idempotency_key="k", digest=b"d", about={"name": "ü", "lr": [1]})
+    commit(store, create)
+    row = store.session(A)
+    assert row is not None
+    assert row == store.sessions()[0]
+    assert (row.last_lsn, row.version, row.updates, row.created) == (1, 0, 0, create.time)
+    assert (row.create_key, row.create_digest, row.suspect) == ("k", b"d", False)
+    assert row.about == {"name": "ü", "lr": [1]}
+    commit(store, event(A, 2, version=7, updates=3, digest=b"x", idempotency_key="l"))
+    row = store.session(A)
+    assert row is not None
+    assert (row.last_lsn, row.version, row.updates) == (2, 7, 3)
+    assert (row.created, row.changed) == (create.time, 1e9 + 2)
+    assert row.about == {"name": "ü", "lr": [1]}
+    assert (row.create_key, row.create_digest) == ("k", b"d")
+    commit(store, event(A, 3, about={"name": "v"}))
+    row = store.session(A)
+    assert row is not None
+    assert row.about == {"name": "v"}
+    assert store.session(B) is None
+
+
+@pytest.mark.parametrize("about", [{"x": float("nan")}, {"x": b""}], ids=str)
+def test_what_stands_in_a_list_is_strict_json(store: Store, about: dict[str, Any]) -> None:
+    [outcome] = store.append([event(A, 1, about=about)])
+    assert isinstance(outcome.error, Internal)
+    assert store.sessions() == []
+
+
+def test_the_first_event_of_a_version_is_found(store: Store) -> None:
+    for lsn, version in enumerate([0, 0, 1, 2, 2, 2, 5], start=1):
+        commit(store, event(A, lsn, version=version))
+    found = [store.first_at(A, version) for version in range(-1, 7)]
+    assert found == [1, 1, 3, 4, 7, 7, 7, None]
+    assert store.first_at(B, 0) is None
+
+
+def test_the_first_event_of_a_version_is_found_among_the_kept_ones(store: Store) -> None:
+    filled(store, A, KEPT_ROWS + 10)
+    snapshot(store, A, 5)
+    snapshot(store, A, 12)
+    assert [store.first_at(A, version) for version in (0, 5, 6, 20)] == [6, 6, 7, 21]
 
 
 # --- end -----------------------------------------------------------------------------------------
@@ -446,31 +751,38 @@ def test_a_snapshot_that_fails_half_way_changes_nothing(store: Store) -> None:
 def test_delete_forgets_everything_and_the_key_can_be_created_again(store: Store) -> None:
     filled(store, A, 3)
     filled(store, B, 1)
-    store.snapshot(A, 2, [b"s"])
+    snapshot(store, A, 2)
     assert store.delete(A) is True
     assert store.delete(A) is False
     assert lsns(store, A) == []
-    assert store.latest_snapshot(A) is None
-    assert store.keys("default") == [B]
+    assert store.snapshots(A) == []
+    assert store.read_snapshot(A, 2) is None
+    assert [row.key for row in store.sessions()] == [B]
     [outcome] = store.append([event(A, 4)])
     assert isinstance(outcome.error, SessionNotFound)
     commit(store, event(A, 1))
-    assert store.keys("default") == [B, A]
+    assert [row.key for row in store.sessions()] == [B, A]
     [got] = store.events(A)
     assert got.payload is None
 
 
 def test_a_closed_store_says_so(store: Store) -> None:
     filled(store, A, 1)
+    frame = payload(store, b"s")
     store.close()
     store.close()
     calls: list[Callable[[], object]] = [
         lambda: store.append([event(A, 2)]),
         lambda: store.writer(),
         lambda: store.events(A),
-        lambda: store.keys("default"),
-        lambda: store.latest_snapshot(A),
-        lambda: store.snapshot(A, 1, []),
+        lambda: store.submit([event(A, 2)]),
+        lambda: store.sessions(),
+        lambda: store.session(A),
+        lambda: store.first_at(A, 0),
+        lambda: store.snapshots(A),
+        lambda: store.read_snapshot(A, 1),
+        lambda: store.snapshot(A, 1, frame),
+        lambda: store.unpin(A, 1),
         lambda: store.delete(A),
         lambda: store.claim(A),
     ]
@@ -480,7 +792,8 @@ def test_a_closed_store_says_so(store: Store) -> None:
 
 
 def test_a_store_states_its_promise(store: Store) -> None:
-    assert store.promise in {"always", "os", "memory"}
+    assert store.promise == ("memory" if store.name == "memory" else "always")
+    assert store.name in {"memory", "sqlite", "postgresql"}
 
 
 # --- threads -------------------------------------------------------------------------------------
@@ -517,6 +830,46 @@ def test_of_racing_appends_of_one_lsn_exactly_one_is_accepted(store: Store) -> N
     assert [(e.lsn, e.record["by"]) for e in store.events(A)] == sorted(won)
 
 
+def test_calls_that_do_not_wait_are_committed_in_their_order(store: Store) -> None:
+    sizes = [10, 300_000, 0, 70_000, 5]
+    futures = []
+    for lsn in range(1, 41):
+        data = payload(store, noise(sizes[lsn % 5]))
+        futures.append(store.submit([event(A, lsn, payload=data)]))
+    for lsn, future in enumerate(futures, start=1):
+        [outcome] = future.result(timeout=60)
+        assert (outcome.lsn, outcome.error) == (lsn, None)
+    assert lsns(store, A) == list(range(1, 41))
+
+
+def test_what_a_future_has_answered_is_seen_by_every_later_call(store: Store) -> None:
+    def work(i: int) -> None:
+        key = Key("default", f"s{i}")
+        for lsn in range(1, 31):
+            [outcome] = store.submit([event(key, lsn)]).result(timeout=60)
+            assert outcome.error is None
+            row = store.session(key)
+            assert row is not None
+            assert row.last_lsn == lsn
+            assert lsns(store, key, after_lsn=lsn - 1) == [lsn]
+
+    run_in_threads(8, work)
+
+
+def test_no_events_are_no_outcomes(store: Store) -> None:
+    assert store.append([]) == []
+    assert store.submit([]).result(timeout=60) == []
+
+
+def test_a_store_finishes_what_was_submitted_before_it_is_closed(backend: Backend) -> None:
+    store = backend.open()
+    futures = [
+        store.submit([event(A, lsn, payload=payload(store, noise(80_000)))]) for lsn in range(1, 21)
+    ]
+    store.close()
+    assert [future.result(timeout=60)[0].error for future in futures] == [None] * 20
+
+
 def test_sessions_are_written_read_and_trimmed_in_parallel(store: Store) -> None:
     def work(i: int) -> None:
         key = Key("default", f"s{i}")
@@ -524,14 +877,14 @@ def test_sessions_are_written_read_and_trimmed_in_parallel(store: Store) -> None
             data = bytes([i, lsn]) * (50_000 if lsn % 3 else 10)
             commit(store, event(key, lsn, payload=payload(store, data)))
             if lsn % 10 == 0:
-                store.snapshot(key, lsn, [data])
+                snapshot(store, key, lsn, data)
         for e in store.events(key, after_lsn=30):
             assert e.payload is not None
             assert e.payload.read() == bytes([i, e.lsn]) * (50_000 if e.lsn % 3 else 10)
         assert [e.lsn for e in store.events(key)] == list(range(21, 41))
 
     run_in_threads(4, work)
-    assert len(store.keys("default")) == 4
+    assert len(store.sessions()) == 4
 
 
 # --- the memory twin alone -----------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_that_it_takes_long_is_told_once(caplog: pytest.LogCaptureFixture) -> No
 def test_the_number_of_attempts_can_be_limited_and_the_pause_stays_a_number() -> None:
     with pytest.raises(errors.ConnectFailed):
         play(exchange(GET, patient(retries=3), Trail()), [REFUSED] * 4)
-    assert Retry().pause_s(10_000, 0.0) <= 5
+    assert Retry().pause_s(10_000, 0.0) <= 2
 
 
 # A disk that is full, a session that is damaged ---------------------------------------------------

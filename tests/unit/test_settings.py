@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 from pydantic import ValidationError
 
-from optserve.settings import Settings, contradiction, explain, unknown_variables
+from optserve.memory_budget import default_budget, limits, parse_bytes
+from optserve.settings import (
+    Settings,
+    StoreSettings,
+    contradiction,
+    explain,
+    masked,
+    unknown_variables,
+)
+
+GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +80,20 @@ def test_an_injected_port_gets_a_sentence_that_says_where_it_comes_from(
             {"uds": "/run/o", "fd": 3},
             "uds (/run/o) and fd (3) are two places to listen, expected one",
         ),
+        ({"data_dir": ""}, "--data-dir must be a path, got ''"),
+        (
+            {"store": "mysql://me:secret@host/db"},
+            "--store must be memory, sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME, "
+            "got 'mysql://me:***@host/db'",
+        ),
+        (
+            {"memory_budget": "8 loaves"},
+            "--memory-budget must be bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB, "
+            "got '8 loaves'",
+        ),
+        ({"memory_budget": "0"}, "--memory-budget must be >= 1, got 0"),
+        ({"session_ttl": "0"}, "--session-ttl must be > 0, got '0'"),
+        ({"session_ttl": "inf"}, "--session-ttl must be a finite number, got 'inf'"),
     ],
 )
 def test_a_bad_flag_is_named_with_its_value(flags: dict[str, Any], sentence: str) -> None:
@@ -122,3 +148,138 @@ def test_a_variable_that_is_no_setting_is_told_with_the_closest_one() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     assert [name for name, info in Settings.model_fields.items() if not info.description] == []
+
+
+# --- where sessions are kept ---------------------------------------------------------------------
+
+
+def test_sessions_are_kept_in_the_users_data_directory_unless_told() -> None:
+    assert Settings().directory == platformdirs.user_data_path("optserve")
+    assert Settings(data_dir="/srv/o").directory == Path("/srv/o")
+
+
+def test_a_directory_may_be_relative_or_begin_with_a_tilde(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("OPTSERVE_FILES", "~/tensors")
+    settings = Settings(data_dir="here")
+    assert (settings.data_dir, settings.files) == (tmp_path / "here", Path("/home/me/tensors"))
+
+
+def test_a_command_that_only_opens_the_store_reads_no_other_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPTSERVE_PORT", "nonsense")
+    monkeypatch.setenv("OPTSERVE_DATA_DIR", "/srv/o")
+    assert StoreSettings().directory == Path("/srv/o")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory", "memory"),
+        ("sqlite:////srv/o.db", "sqlite:////srv/o.db"),
+        ("postgresql+psycopg://me@host/db", "postgresql+psycopg://me@host/db"),
+        ("postgresql+psycopg://me:secret@host/db", "postgresql+psycopg://me:***@host/db"),
+        ("postgresql+psycopg://me:se/cr@et@host/db", "postgresql+psycopg://me:***@host/db"),
+        (
+            "postgresql+psycopg://host/db?user=me&password=secret&sslpassword=s",
+            "postgresql+psycopg://host/db?user=me&password=***&sslpassword=***",
+        ),
+        ("me:secret@host", "***@host"),
+    ],
+)
+def test_a_password_is_never_shown(url: str, shown: str) -> None:
+    assert masked(url) == shown
+
+
+def test_settings_show_no_password() -> None:
+    settings = Settings(store="postgresql+psycopg://me:secret@host/db")
+    assert "secret" not in f"{settings!r} {settings} {settings.place}"
+    with pytest.raises(ValidationError) as caught:
+        Settings(store="mysql://me:secret@host/db")
+    assert "secret" not in str(caught.value)
+
+
+# --- how much memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1073741824", GIB),
+        ("512MiB", GIB // 2),
+        ("512 mib", GIB // 2),
+        ("8GiB", 8 * GIB),
+        ("8GB", 8 * 10**9),
+        ("1.5KB", 1500),
+        ("2TiB", 2048 * GIB),
+        ("10B", 10),
+        ("8G", None),
+        ("-1", None),
+        ("1e9", None),
+        ("", None),
+        ("GiB", None),
+    ],
+)
+def test_an_amount_of_memory_is_read_with_its_unit(text: str, nbytes: int | None) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+def test_the_budget_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTSERVE_MEMORY_BUDGET", "3MiB")
+    assert Settings().memory_budget == 3 * 2**20
+    assert Settings(memory_budget="5").memory_budget == 5
+
+
+def test_the_default_budget_is_at_most_half_of_the_machine() -> None:
+    budget = default_budget()
+    assert budget is not None
+    assert 0 < budget <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "found"),
+    [
+        pytest.param(
+            "0::/pod/box",
+            {"pod/memory.max": "400", "pod/box/memory.max": "900", "memory.max": "max"},
+            [900, 400],
+            id="v2: every parent's limit holds",
+        ),
+        pytest.param("0::/", {"memory.max": "400"}, [400], id="v2 inside a container"),
+        pytest.param("0::/../../x", {"memory.max": "400"}, [400], id="v2, the host's path"),
+        pytest.param(
+            "7:cpu,memory:/docker/ab\n0::/",
+            {"memory/docker/ab/memory.limit_in_bytes": "400"},
+            [400],
+            id="v1",
+        ),
+        pytest.param(
+            "7:memory:/docker/ab",
+            {"memory/memory.limit_in_bytes": "400"},
+            [400],
+            id="v1 inside a container",
+        ),
+        pytest.param(
+            "7:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712"}, [], id="v1: none"
+        ),
+        pytest.param("0::/", {"memory.max": "max"}, [], id="v2: none"),
+        pytest.param("1:cpu:/x", {}, [], id="another controller"),
+    ],
+)
+def test_the_containers_limit_is_found(
+    tmp_path: Path, own: str, files: dict[str, str], found: list[int]
+) -> None:
+    for name, text in files.items():
+        path = tmp_path / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    assert list(limits(tmp_path / "cgroup", tmp_path / "own")) == found
+
+
+def test_where_there_are_no_cgroups_there_is_no_limit(tmp_path: Path) -> None:
+    assert list(limits(tmp_path, tmp_path / "missing")) == []

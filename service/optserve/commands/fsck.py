@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 #: Exit status.
 CLEAN, DAMAGED, CANNOT_OPEN = 0, 1, 2
-_STOP_IT = "stop it first: what it writes meanwhile would look like damage"
 _FROM_BACKUP = (
     "export what can be read (optserve sessions export) and begin a new database, "
     "or go back to a backup"
@@ -80,7 +79,7 @@ def fsck(
     """
     places = {"data_dir": data_dir, "store": store, "files": files}
     settings = read_settings(StoreSettings, places)
-    with opened(settings, CANNOT_OPEN, _STOP_IT) as kept:
+    with opened(settings, CANNOT_OPEN) as kept:
         report = _Run(kept, settings.place, as_json).check(salvage or [])
     if as_json:
         typer.echo(json.dumps({**asdict(report), "summary": report.summary}, indent=2))

@@ -1,4 +1,4 @@
-"""The store that a command works on while no server does."""
+"""From settings to an open store, for the server and for commands that work without one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optserve.commands.options import fail
-from optserve.settings import StoreSettings
+from optserve.settings import StoreSettings, masked
 from optserve_client.errors import OptserveError
 
 if TYPE_CHECKING:
@@ -17,37 +17,63 @@ if TYPE_CHECKING:
 DATABASE = "optserve.db"
 
 
+def open_place(settings: StoreSettings) -> Store:
+    """Open the store of ``settings``, making its directory. Raises CannotOpen."""
+    from optserve.store.opening import CannotOpen, open_store
+
+    directory, url = settings.directory, settings.store
+    if url is None or url.startswith("sqlite:"):
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise CannotOpen(
+                f"the data directory {directory} cannot be made: {exc.strerror}; "
+                "name another one with --data-dir"
+            ) from exc
+    try:
+        return open_store(url=url, data_dir=directory, files=settings.files)
+    except (CannotOpen, OptserveError, ValueError) as exc:
+        said = str(exc)
+        raise CannotOpen(said.replace(url, masked(url)) if url else said) from exc
+
+
 @contextmanager
-def opened(settings: StoreSettings, status: int, hint: str) -> Iterator[Store]:
+def opened(settings: StoreSettings, status: int, hint: str = "") -> Iterator[Store]:
     """Open the store of ``settings`` for the block; exits with ``status`` if that cannot be.
 
-    ``hint``: what to do where a server has it.
+    ``hint``: what else to do where a server has it.
     """
     if (sentence := _nothing_there(settings)) is not None:
         fail(sentence, status)
-    from optserve.store.opening import CannotOpen, Locked, open_store
+    from optserve.store.opening import CannotOpen
 
     try:
-        store = open_store(url=settings.store, data_dir=settings.directory, files=settings.files)
-    except Locked as exc:
-        fail(f"{exc}; {hint}", status, exc)
-    except (CannotOpen, OptserveError) as exc:
-        fail(str(exc), status, exc)
+        store = open_place(settings)
+    except CannotOpen as exc:
+        fail(f"{exc}; {hint}" if hint and _somebody_has_it(exc) else str(exc), status, exc)
     try:
         yield store
     finally:
         store.close()
 
 
+def _somebody_has_it(exc: BaseException | None) -> bool:
+    from optserve.store.lock import Locked
+
+    while exc is not None and not isinstance(exc, Locked):
+        exc = exc.__cause__
+    return exc is not None
+
+
 def _nothing_there(settings: StoreSettings) -> str | None:
     """Say why there is nothing to open: to look at sessions must not make a database."""
-    if settings.store == "memory":
+    url = settings.store
+    if url == "memory":
         return "--store memory keeps nothing to look at, expected a database"
-    url = settings.store or ""
-    if settings.store is None:
+    if url is None:
         path = settings.directory / DATABASE
     elif url.startswith("sqlite:///"):
-        path = Path(url.removeprefix("sqlite:///"))
+        path = Path(url.removeprefix("sqlite:///").partition("?")[0])
     else:
         return None
     return None if path.exists() else f"there is no database at {path}; see --data-dir and --store"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import typer
@@ -45,8 +44,3 @@ def read_settings(kind: type[S], flags: Mapping[str, Any]) -> S:
         for line in explain(exc, given):
             say(line)
         raise typer.Exit(2) from exc
-
-
-def make_directory(path: Path) -> None:
-    """Make a data directory that only its owner can look into. Raises OSError."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from optserve import __version__
-from optserve.commands.options import flag, make_directory, read_settings, say
+from optserve.commands.opened import open_place
+from optserve.commands.options import flag, read_settings, say
 from optserve.memory_budget import default_budget
 from optserve.settings import PREFIX, Settings, contradiction, unknown_variables
 from optserve_client.errors import OptserveError
-
-if TYPE_CHECKING:
-    from optserve.store import Store
 
 _FLAGS = (
     "host",
@@ -78,8 +76,8 @@ def _serve(settings: Settings) -> int:
     from optserve.store.opening import CannotOpen
 
     try:
-        store = _open(settings)
-    except (CannotOpen, OptserveError) as exc:
+        store = open_place(settings)
+    except CannotOpen as exc:
         server.close(sock, settings)
         say(str(exc))
         return 1
@@ -111,18 +109,3 @@ def _serve(settings: Settings) -> int:
         )
 
     return server.serve(create_app(registry, settings), sock, settings, warm, registry.close)
-
-
-def _open(settings: Settings) -> Store:
-    from optserve.store.opening import CannotOpen, open_store
-
-    directory = settings.directory
-    if settings.store is None:
-        try:
-            make_directory(directory)
-        except OSError as exc:
-            raise CannotOpen(
-                f"the data directory {directory} cannot be made: {exc.strerror}; "
-                "name another one with --data-dir"
-            ) from exc
-    return open_store(url=settings.store, data_dir=directory, files=settings.files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ app = typer.Typer(no_args_is_help=True)
 
 #: Exit status where something was refused or failed.
 FAILED = 1
-_ASK_IT = "name its URL with --url, or stop it"
+_ASK_IT = "or ask it: --url http://HOST:PORT"
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="Of the session.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -30,8 +31,6 @@ Url = Annotated[
     str | None,
     typer.Option(
         "--url",
-        envvar="OPTSERVE_URL",
-        show_envvar=False,
         show_default=False,
         help="Ask the server at http://HOST:PORT or unix:/PATH, also OPTSERVE_URL; without it, "
         "the database is opened, which no server may have open.",
@@ -48,8 +47,10 @@ def _shelf(
 ) -> Iterator[Shelf]:
     """Yield the sessions that the flags name; exits with one sentence where something fails."""
     places = {"data_dir": data_dir, "store": store, "files": files}
-    if url and any(value is not None for value in places.values()):
-        fail("--url asks a server, which knows where its sessions are: leave out the others", 2)
+    named = [f"--{name.replace('_', '-')}" for name, value in places.items() if value is not None]
+    if url and named:
+        fail(f"--url and {named[0]} are two places to look for sessions, expected one", 2)
+    url = url or (None if named else os.environ.get("OPTSERVE_URL") or None)
     try:
         if url:
             with connected(url) as remote:
@@ -142,9 +143,7 @@ def import_session(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Replace everything in a session of this id but its counters."
-        ),
+        typer.Option("--force", help="Replace everything in the session of this id."),
     ] = False,
     url: Url = None,
     data_dir: DataDir = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import sys
@@ -20,9 +21,9 @@ def check_target(name: str, force: bool) -> None:
         if sys.stdout.isatty():
             raise CannotFile("a state file is no text for a terminal; name a file, or use a pipe")
         return
-    path = Path(name)
-    if path.is_dir():
-        raise CannotFile(f"{name} is a directory, expected the name of a file")
+    path = _target(name)
+    if path.exists() and not path.is_file():
+        raise CannotFile(f"{name} is a directory or device, expected the name of a file")
     if not path.parent.is_dir():
         raise CannotFile(f"there is no directory {path.parent}")
     if path.exists() and not force:
@@ -37,9 +38,13 @@ def write(name: str, pieces: Iterable[bytes | memoryview], force: bool) -> int:
     try:
         if name == "-":
             return _pour(sys.stdout.buffer.fileno(), pieces)
-        return _write(Path(name), pieces, force)
+        return _write(_target(name), pieces, force)
     except OSError as exc:
         raise CannotFile(f"{name} cannot be written: {exc.strerror or exc}") from exc
+
+
+def _target(name: str) -> Path:
+    return Path(os.path.realpath(name))  # a link stays one
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview], force: bool) -> int:
@@ -55,11 +60,23 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview], force: bool) -> int
         if force:
             os.replace(part, path)
         else:
-            os.link(part, path)  # unlike a rename, never replaces what came meanwhile
+            _appear(part, path)
         return written
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+
+
+def _appear(part: Path, path: Path) -> None:
+    """Give the file its name, unless another has it meanwhile: FileExistsError."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.replace(part, path)
 
 
 def _pour(fd: int, pieces: Iterable[bytes | memoryview]) -> int:

@@ -195,7 +195,8 @@ class Commits:
             if payload is None or not item.database_has:
                 return
             item.placed = self._placing.place(payload)
-            if item.durability != "os" or item.placed.copied:
+            begins = item.event.kind in ("create", "rewind")  # which leave a session clean
+            if item.durability != "os" or begins or item.placed.copied:
                 item.pending = self._settling(item.placed)
         except OptserveError as exc:
             item.error = exc

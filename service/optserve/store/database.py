@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -76,9 +76,11 @@ class Database(ABC):
     def boot(self) -> str:
         """Name the time since when nothing but a synced commit can have been lost."""
 
+    @abstractmethod
     def settle(self) -> None:
         """Make what was committed without a sync durable."""
 
+    @abstractmethod
     def tidy(self) -> None:
         """Give room back to the disk, after much was dropped."""
 
@@ -106,10 +108,7 @@ class Database(ABC):
             self.begin(writer, sync)
             yield writer
             writer.driver.execute("COMMIT")
-        except OptserveError:
-            self._roll_back()
-            raise
-        except Exception as exc:
+        except (self.error, OverflowError, UnicodeError) as exc:
             fault = self.fault(exc)
             if fault == "broken":
                 self.drop_writer()
@@ -132,10 +131,8 @@ class Database(ABC):
         """Close the connection that writes."""
         writer, self._writer = self._writer, None
         if writer is not None:
-            try:
+            with suppress(self.error):  # it is gone either way
                 writer.driver.close()
-            except self.error:
-                pass  # it is gone either way
 
     def translated(self, exc: BaseException, fault: Fault | None = None) -> OptserveError:
         """Return the error of ours that stands for one of the driver's."""

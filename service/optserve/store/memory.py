@@ -4,57 +4,71 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from optserve.store.base import (
     KEPT_ROWS,
     KEPT_SNAPSHOTS,
-    BytesLike,
+    Durability,
     Event,
     Key,
     Outcome,
     Payload,
     PayloadWriter,
-    record_text,
+    SessionRow,
+    SnapshotRow,
     refusal,
 )
+from optserve.store.frozen import Frozen
 from optserve.store.payloads import Spool
 from optserve_client.errors import OptserveError, SessionNotFound, Unavailable
 
 
 @dataclass(slots=True)
-class _Row:
-    """An event whose record is text, so that nobody can change what was committed."""
-
-    event: Event
-    record: str
-
-    def thaw(self) -> Event:
-        return replace(self.event, record=json.loads(self.record))
+class _Kept:
+    row: SnapshotRow
+    frame: Payload
 
 
 @dataclass(slots=True)
 class _Journal:
     owner_epoch: int
-    rows: list[_Row] = field(default_factory=list)
+    rows: list[Frozen] = field(default_factory=list)
+    about: str = "{}"
+    create: Frozen | None = None
     #: Lsn of the event before ``rows[0]``.
     gone: int = 0
     #: Up to here payloads have been dropped.
     bare: int = 0
-    #: ``(lsn, frame)``, the newest last.
-    snapshots: list[tuple[int, Payload]] = field(default_factory=list)
+    #: By lsn.
+    snapshots: list[_Kept] = field(default_factory=list)
 
     @property
     def last_lsn(self) -> int:
         return self.gone + len(self.rows)
 
+    def append(self, row: Frozen) -> None:
+        if row.event.kind == "rewind":
+            at = row.event.lsn
+            del self.rows[max(at - 1 - self.gone, 0) :]
+            self.gone = min(self.gone, at - 1)
+            self.bare = min(self.bare, at - 1)
+            self.snapshots = [kept for kept in self.snapshots if kept.row.lsn < at]
+        self.create = self.create or row
+        self.rows.append(row)
+        if row.about is not None:
+            self.about = row.about
+
 
 class MemoryStore:
     """A Store (see :mod:`optserve.store.base`) whose large payloads are not on the heap."""
 
-    promise = "memory"
+    promise: Durability = "memory"
+    name = "memory"
 
     def __init__(self, spool_dir: str | Path | None = None, *, kept_rows: int = KEPT_ROWS) -> None:
         self._spool = Spool(spool_dir)
@@ -65,8 +79,15 @@ class MemoryStore:
         self._top_epoch = 0
         self._closed = False
 
-    def writer(self, size_hint: int | None = None) -> PayloadWriter:
+    def writer(
+        self, size_hint: int | None = None, durability: Durability = "always"
+    ) -> PayloadWriter:
         return self._spool.writer(size_hint)
+
+    def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+        future: Future[list[Outcome]] = Future()
+        future.set_result(self.append(events))
+        return future
 
     def append(self, events: Sequence[Event]) -> list[Outcome]:
         with self._lock:
@@ -81,13 +102,13 @@ class MemoryStore:
         if error := refusal(event, last, epoch):
             return error
         try:
-            row = _Row(replace(event, record={}), record_text(event))
+            row = Frozen.of(event)
         except OptserveError as exc:
             return exc
         if journal is None:
             journal = self._journals[event.key] = _Journal(event.owner_epoch)
             self._top_epoch = max(self._top_epoch, event.owner_epoch)
-        journal.rows.append(row)
+        journal.append(row)
         return None
 
     def claim(self, key: Key) -> int:
@@ -104,6 +125,8 @@ class MemoryStore:
         after_lsn: int = 0,
         upto_lsn: int | None = None,
         kinds: Collection[str] | None = None,
+        *,
+        payloads: bool = True,
     ) -> Iterator[Event]:
         with self._lock:
             self._check_open()
@@ -111,57 +134,118 @@ class MemoryStore:
                 return iter(())
             upto = journal.last_lsn if upto_lsn is None else upto_lsn
             rows = journal.rows[max(after_lsn - journal.gone, 0) : max(upto - journal.gone, 0)]
-        return (row.thaw() for row in rows if kinds is None or row.event.kind in kinds)
+        return (row.thaw(payloads) for row in rows if kinds is None or row.event.kind in kinds)
 
-    def snapshot(self, key: Key, lsn: int, chunks: Iterable[BytesLike]) -> None:
-        writer = self.writer()
-        try:
-            for chunk in chunks:
-                writer.write(chunk)
-            with self._lock:
-                self._check_open()
-                self._keep_snapshot(key, lsn, writer)
-        finally:
-            writer.discard()
+    def first_at(self, key: Key, version: int) -> int | None:
+        with self._lock:
+            self._check_open()
+            journal = self._journals.get(key)
+            rows = journal.rows if journal else ()
+            return next((row.event.lsn for row in rows if row.event.version >= version), None)
 
-    def _keep_snapshot(self, key: Key, lsn: int, writer: PayloadWriter) -> None:
-        if (journal := self._journals.get(key)) is None:
-            raise SessionNotFound(f"no session {key.session!r}")
-        if not 1 <= lsn <= journal.last_lsn:
-            raise ValueError(f"snapshot lsn must be in [1, {journal.last_lsn}], got {lsn}")
-        others = [kept for kept in journal.snapshots if kept[0] != lsn]
-        ordered = sorted([*others, (lsn, writer.seal())], key=lambda kept: kept[0])
-        journal.snapshots = ordered[-KEPT_SNAPSHOTS:]
-        if len(journal.snapshots) == KEPT_SNAPSHOTS:
-            self._trim(journal, journal.snapshots[0][0])
+    # --- snapshots ---
 
-    def _trim(self, journal: _Journal, upto: int) -> None:
-        """Drop the payloads of the events up to ``upto``, and rows up to there beyond the limit."""
-        for at in range(max(journal.bare, journal.gone) - journal.gone, upto - journal.gone):
-            row = journal.rows[at]
-            journal.rows[at] = _Row(replace(row.event, payload=None), row.record)
+    def snapshot(self, key: Key, lsn: int, frame: Payload, pin: str | None = None) -> None:
+        for _ in frame.chunks():
+            pass  # raises Damaged unless it reads back
+        with self._lock:
+            self._check_open()
+            if (journal := self._journals.get(key)) is None:
+                raise SessionNotFound(f"no session {key.session!r}")
+            if not 1 <= lsn <= journal.last_lsn:
+                raise ValueError(f"snapshot lsn must be in [1, {journal.last_lsn}], got {lsn}")
+            if lsn <= journal.gone:
+                raise ValueError(f"snapshot lsn must be of a kept event, got {lsn}")
+            self._keep_snapshot(journal, lsn, frame, pin)
+
+    def _keep_snapshot(self, journal: _Journal, lsn: int, frame: Payload, pin: str | None) -> None:
+        old = next((kept for kept in journal.snapshots if kept.row.lsn == lsn), None)
+        row = SnapshotRow(
+            lsn=lsn,
+            version=journal.rows[lsn - journal.gone - 1].event.version,
+            nbytes=frame.nbytes,
+            time=time.time(),
+            pin=old.row.pin if pin is None and old else pin,
+        )
+        others = [kept for kept in journal.snapshots if kept is not old]
+        journal.snapshots = sorted([*others, _Kept(row, frame)], key=lambda kept: kept.row.lsn)
+        self._trim(journal)
+
+    def _trim(self, journal: _Journal) -> None:
+        """Drop what the newest two snapshots made superfluous."""
+        if len(journal.snapshots) < KEPT_SNAPSHOTS:
+            return
+        newest = journal.snapshots[-KEPT_SNAPSHOTS:]
+        pinned = [kept for kept in journal.snapshots[:-KEPT_SNAPSHOTS] if kept.row.pin is not None]
+        journal.snapshots = pinned + newest
+        upto = newest[0].row.lsn
+        for row in journal.rows[max(journal.bare - journal.gone, 0) : max(upto - journal.gone, 0)]:
+            row.event = replace(row.event, payload=None)
         journal.bare = max(journal.bare, upto)
         surplus = min(len(journal.rows) - self._kept_rows, upto - journal.gone)
         if surplus > 0:
             del journal.rows[:surplus]
             journal.gone += surplus
 
-    def latest_snapshot(self, key: Key, upto_lsn: int | None = None) -> tuple[int, Payload] | None:
+    def unpin(self, key: Key, lsn: int) -> bool:
         with self._lock:
             self._check_open()
             journal = self._journals.get(key)
-            kept = reversed(journal.snapshots) if journal else ()
-            return next((s for s in kept if upto_lsn is None or s[0] <= upto_lsn), None)
+            for kept in journal.snapshots if journal else ():
+                if kept.row.lsn == lsn and kept.row.pin is not None:
+                    kept.row = replace(kept.row, pin=None)
+                    assert journal is not None
+                    self._trim(journal)
+                    return True
+            return False
+
+    def snapshots(self, key: Key) -> list[SnapshotRow]:
+        with self._lock:
+            self._check_open()
+            journal = self._journals.get(key)
+            return [kept.row for kept in journal.snapshots] if journal else []
+
+    def read_snapshot(self, key: Key, lsn: int) -> Payload | None:
+        with self._lock:
+            self._check_open()
+            journal = self._journals.get(key)
+            kept = journal.snapshots if journal else ()
+            return next((k.frame for k in kept if k.row.lsn == lsn), None)
+
+    # --- sessions ---
 
     def delete(self, key: Key) -> bool:
         with self._lock:
             self._check_open()
             return self._journals.pop(key, None) is not None
 
-    def keys(self, tenant: str) -> list[Key]:
+    def sessions(self) -> list[SessionRow]:
         with self._lock:
             self._check_open()
-            return [key for key in self._journals if key.tenant == tenant]
+            return [self._session(key, journal) for key, journal in self._journals.items()]
+
+    def session(self, key: Key) -> SessionRow | None:
+        with self._lock:
+            self._check_open()
+            journal = self._journals.get(key)
+            return self._session(key, journal) if journal else None
+
+    @staticmethod
+    def _session(key: Key, journal: _Journal) -> SessionRow:
+        assert journal.create is not None
+        first, last = journal.create.event, journal.rows[-1].event
+        return SessionRow(
+            key=key,
+            last_lsn=last.lsn,
+            version=last.version,
+            updates=last.updates,
+            created=first.time,
+            changed=last.time,
+            about=json.loads(journal.about),
+            durability="memory",
+            create_key=first.idempotency_key,
+            create_digest=first.digest,
+        )
 
     def close(self) -> None:
         with self._lock:

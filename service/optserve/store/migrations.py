@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-import optserve
 from optserve.store.database import Connection, Database
-from optserve.store.schema import FORMAT, metadata
+from optserve.store.schema import FORMAT, RELEASE, meta, metadata
 
 
 class CannotOpen(Exception):
@@ -33,14 +32,14 @@ def prepare(database: Database, migrations: Sequence[Migration] | None = None) -
             _create(database, tx, target)
         elif found > target:
             raise CannotOpen(
-                f"{database.where} has format {found}, and optserve {optserve.__version__} reads "
+                f"{database.where} has format {found}, and optserve {RELEASE} reads "
                 f"formats up to {target}: use a newer release"
             )
         else:
             for step in steps[found - 1 :]:
                 step(tx)
             if found < target:
-                tx.run("UPDATE meta SET format = " + str(int(target)))
+                tx.run(str(sa.update(meta).values(format=sa.literal_column(str(target)))))
 
 
 def found_format(database: Database, tx: Connection) -> int | None:
@@ -66,10 +65,8 @@ def _create(database: Database, tx: Connection, target: int) -> None:
         tx.run(str(CreateTable(table).compile(dialect=dialect)))
         for index in sorted(table.indexes, key=lambda index: str(index.name)):
             tx.run(str(CreateIndex(index).compile(dialect=dialect)))
-    tx.run(
-        "INSERT INTO meta (format, release, top_epoch, boot, clean) "
-        f"VALUES ({int(target)}, '{optserve.__version__}', 0, '', 1)"
-    )
+    first = {"format": target, "release": RELEASE, "top_epoch": 0, "boot": "", "clean": 1}
+    tx.run(database.sql["meta_row"], first)
 
 
 assert len(MIGRATIONS) + 1 == FORMAT

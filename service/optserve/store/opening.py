@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from optserve.store.base import Store
+from optserve.store.base import KEPT_ROWS, Store
 from optserve.store.database import Database, first_line
 from optserve.store.files import PayloadFiles
 from optserve.store.lock import DirectoryLock, Locked
@@ -23,22 +23,24 @@ PAYLOADS_NAME = "payloads"
 _URLS = "expected memory, sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME"
 
 
-def open_store(*, url: str | None, data_dir: Path, files: Path | None) -> Store:
+def open_store(
+    *, url: str | None, data_dir: Path, files: Path | None, kept_rows: int = KEPT_ROWS
+) -> Store:
     """Open the store that ``url`` names, and keep everybody else from it.
 
     None is SQLite in ``<data_dir>/optserve.db``. Large payloads lie in files below ``files``; None
     is ``data_dir`` for SQLite, and for PostgreSQL the database itself. Raises CannotOpen.
     """
     if url == "memory":
-        return MemoryStore()
+        return MemoryStore(kept_rows=kept_rows)
     try:
         parsed = sa.make_url(url) if url is not None else None
     except sa.exc.ArgumentError as exc:
         raise CannotOpen(f"store must be a URL, got {url!r}: {_URLS}") from exc
     if parsed is None or parsed.drivername in ("sqlite", "sqlite+pysqlite"):
-        return _open_sqlite(parsed, data_dir, files or data_dir)
+        return _open_sqlite(parsed, data_dir, files or data_dir, kept_rows)
     if parsed.drivername in ("postgresql", "postgresql+psycopg"):
-        return _open_postgresql(parsed.set(drivername="postgresql+psycopg"), data_dir, files)
+        return _open_postgresql(parsed.set(drivername="postgresql+psycopg"), files, kept_rows)
     raise CannotOpen(f"store {parsed.drivername!r} is not known: {_URLS}")
 
 
@@ -53,27 +55,28 @@ class _Locked(SqlStore):
             lock.release()
 
 
-def _open_sqlite(url: sa.URL | None, data_dir: Path, files: Path) -> Store:
+def _open_sqlite(url: sa.URL | None, data_dir: Path, files: Path, kept_rows: int) -> Store:
     if url is not None and not url.database:
         raise CannotOpen(f"store {str(url)!r} names no file: {_URLS}")
     path = Path(url.database) if url is not None and url.database else data_dir / DATABASE_NAME
     locks = _lock(data_dir, path.parent, files)
     try:
-        return _open(Sqlite(path.absolute()), files, locks)
+        return _open(Sqlite(path.absolute()), files, locks, kept_rows)
     except BaseException:
         for lock in locks:
             lock.release()
         raise
 
 
-def _open_postgresql(url: sa.URL, data_dir: Path, files: Path | None) -> Store:
+def _open_postgresql(url: sa.URL, files: Path | None, kept_rows: int) -> Store:
     try:
         from optserve.store.postgresql import Postgresql
     except ImportError as exc:
         raise CannotOpen("PostgreSQL needs a driver: pip install 'optserve[postgres]'") from exc
     locks = _lock(*([files] if files is not None else []))
     try:
-        return _open(Postgresql(url, with_files=files is not None), files, locks)
+        database = Postgresql(url, with_files=files is not None)
+        return _open(database, files, locks, kept_rows)
     except BaseException:
         for lock in locks:
             lock.release()
@@ -108,11 +111,13 @@ def _lock_one(directory: Path) -> DirectoryLock:
         ) from exc
 
 
-def _open(database: Database, files: Path | None, locks: tuple[DirectoryLock, ...]) -> Store:
+def _open(
+    database: Database, files: Path | None, locks: tuple[DirectoryLock, ...], kept_rows: int
+) -> Store:
     payloads = None
     try:
         payloads = PayloadFiles(files / PAYLOADS_NAME) if files is not None else None
-        store = _Locked(database, payloads)
+        store = _Locked(database, payloads, kept_rows=kept_rows)
     except BaseException as exc:
         if payloads is not None:
             payloads.close()

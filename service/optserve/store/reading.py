@@ -143,7 +143,7 @@ class Reading:
             if current is None or current["place"] != session["place"]:
                 return False
             if row["lsn"] <= current["bare_lsn"] or row["payload_file"] is None:
-                return row["lsn"] > current["bare_lsn"]
+                return bool(row["lsn"] > current["bare_lsn"])
             return bool(now.column(self._sql["file_known"], {"k_file": row["payload_file"]}))
 
     @staticmethod

@@ -6,6 +6,7 @@ anew would cost more than half of what the database needs for a synced commit.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +19,8 @@ from optserve.store.payloads import INLINE_BYTES
 PART_BYTES = 4 * 2**20
 #: What this release reads and writes; see :mod:`optserve.store.migrations`.
 FORMAT = 1
+#: Who writes.
+RELEASE = version("optserve")
 
 metadata = sa.MetaData()
 
@@ -105,9 +108,7 @@ sa.Index(
     postgresql_where=_METRICS,
 )
 _HAS_FILE = events.c.payload_file.is_not(None)
-sa.Index(
-    "events_files", events.c.payload_file, sqlite_where=_HAS_FILE, postgresql_where=_HAS_FILE
-)
+sa.Index("events_files", events.c.payload_file, sqlite_where=_HAS_FILE, postgresql_where=_HAS_FILE)
 
 snapshots = _table(
     "snapshots",
@@ -131,6 +132,8 @@ parts = _table(
 
 
 # Constants stand in the text, so that a text has no parameters but the named ones.
+_NO: sa.ColumnElement[int]
+_YES: sa.ColumnElement[int]
 _NO, _YES, _NULL = sa.literal_column("0"), sa.literal_column("1"), sa.null()
 
 
@@ -145,7 +148,7 @@ def _insert(table: sa.Table) -> sa.Insert:
 
 _of_event = sa.and_(_of(parts), parts.c.frame == _NO)
 _of_frame = sa.and_(_of(parts), parts.c.frame == _YES)
-_moved = {
+_moved: dict[str, Any] = {
     "last_lsn": bind("lsn"),
     "version": bind("version"),
     "updates": bind("updates"),
@@ -203,6 +206,9 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
     "event_files": sa.select(events.c.payload_file).where(
         _of(events), events.c.lsn.between(bind("k_from"), bind("k_upto")), _HAS_FILE
     ),
+    "files": sa.select(
+        events.c.payload_file, events.c.payload_bytes, events.c.payload_digest
+    ).where(_of(events), _HAS_FILE),
     "frame_files": sa.select(snapshots.c.payload_file).where(
         _of(snapshots), snapshots.c.lsn >= bind("k_from"), snapshots.c.payload_file.is_not(None)
     ),
@@ -231,7 +237,10 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
     "suspect": sa.update(sessions)
     .where(
         sessions.c.dirty.is_not(None),
-        sa.or_(sessions.c.durability == sa.literal_column("'memory'"), sessions.c.dirty != bind("k_boot")),
+        sa.or_(
+            sessions.c.durability == sa.literal_column("'memory'"),
+            sessions.c.dirty != bind("k_boot"),
+        ),
     )
     .values(suspect=_YES),
     "dirty": sa.select(sessions.c.tenant, sessions.c.session).where(
@@ -239,6 +248,7 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
     ),
     "last_place": sa.select(sa.func.max(sessions.c.place)),
     "meta": sa.select(meta),
+    "meta_row": _insert(meta),
     "opened": sa.update(meta).values(
         boot=bind("boot"), release=bind("release"), clean=bind("clean")
     ),

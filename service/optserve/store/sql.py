@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
-import optserve
 from optserve.store.base import (
     KEPT_ROWS,
     Durability,
@@ -23,14 +23,15 @@ from optserve.store.base import (
     SnapshotRow,
 )
 from optserve.store.commits import Commits
-from optserve.store.database import Database
+from optserve.store.database import Database, Row
 from optserve.store.files import PayloadFiles
 from optserve.store.migrations import prepare
 from optserve.store.placing import Placing
 from optserve.store.reading import Reading
+from optserve.store.schema import RELEASE
 from optserve.store.tail import Tails
 from optserve.store.writing import Writing, of
-from optserve_client.errors import OptserveError, Unavailable
+from optserve_client.errors import Damaged, OptserveError, Unavailable
 
 
 class SqlStore:
@@ -50,12 +51,12 @@ class SqlStore:
         self._database = database
         self._files = files
         self._closed = False
+        prepare(database)
         self._boot = database.boot()
         self._tails = Tails()
         self._placing = Placing(database.sql, files)
         self._writing = Writing(database, self._placing, self._tails, self._boot, kept_rows)
         self._reading = Reading(database, self._placing, self._tails)
-        prepare(database)
         self._recover()
         self._commits = Commits(database, self._placing, self._tails, self._writing)
 
@@ -71,22 +72,33 @@ class SqlStore:
             self._writing.last_place = last_place or 0
             tx.run(sql["suspect"], {"k_boot": self._boot})
             self._writing.dirty = {Key(r["tenant"], r["session"]) for r in tx.rows(sql["dirty"])}
-            opened = {"release": optserve.__version__, "boot": self._boot, "clean": 0}
+            opened = {"release": RELEASE, "boot": self._boot, "clean": 0}
             tx.run(sql["opened"], opened)
-        if self._files is not None:
-            with self._database.reading() as now:
-                named = set(now.column(sql["all_files"]))
-            self._files.sweep(named.__contains__)
+        if self._files is None:
+            return
+        with self._database.reading() as now:
+            named = set(now.column(sql["all_files"]))
+            for key in self._writing.dirty:
+                self._settle_files(self._files, now.rows(sql["files"], of(key)))
+        self._files.sweep(named.__contains__)
+
+    @staticmethod
+    def _settle_files(files: PayloadFiles, rows: list[Row]) -> None:
+        """Sync what a server that was killed has left to the system."""
+        for row in rows:
+            with suppress(Damaged):  # reading tells
+                payload = files.open(
+                    row["payload_file"], row["payload_bytes"], bytes(row["payload_digest"])
+                )
+                files.settle(payload)
 
     def close(self) -> None:
         if self._closed:
             return
         self._closed = True
         self._commits.close()
-        try:
+        with suppress(OptserveError):  # what is not done is due at the next start, as after a crash
             self._leave()
-        except OptserveError:
-            pass  # as after a crash: what is due then is due at the next start
         self._placing.close()
         self._database.close()
 
@@ -98,7 +110,7 @@ class SqlStore:
         with self._database.transaction() as tx:
             for key in self._writing.dirty:
                 tx.run(self._database.sql["clear_dirty"], of(key))
-            opened = {"release": optserve.__version__, "boot": self._boot, "clean": 1}
+            opened = {"release": RELEASE, "boot": self._boot, "clean": 1}
             tx.run(self._database.sql["opened"], opened)
 
     def _check_open(self) -> None:

@@ -111,12 +111,9 @@ class Sqlite(Database):
         return machine_boot()
 
     def fault(self, exc: BaseException) -> Fault:
-        if isinstance(exc, (OverflowError, UnicodeError)):
-            return "value"
         code = getattr(exc, "sqlite_errorcode", None)
         if code is None:
-            # The module's own refusals of a value carry no code.
-            return "value" if isinstance(exc, (sqlite3.Error, TypeError)) else "broken"
+            return "value"  # the driver cannot pass it on
         match code & 0xFF:
             case sqlite3.SQLITE_FULL:
                 return "full"
@@ -142,5 +139,3 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-

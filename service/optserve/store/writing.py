@@ -279,7 +279,7 @@ class Writing:
             "lsn": lsn,
             "version": versions[0],
             "time": time.time(),
-            "pin": pin if pin is not None else old and old["pin"],
+            "pin": old["pin"] if pin is None and old else pin,
         }
         tx.run(self._sql["snapshot"], values)
         if placed.file is None:
