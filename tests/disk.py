@@ -15,6 +15,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,10 +199,16 @@ class LossyDisk:
     """A Disk with one directory, which is there from the beginning."""
 
     def __init__(
-        self, contents: Mapping[str, bytes], log: Log, faults: Faults = lambda *_: None
+        self,
+        contents: Mapping[str, bytes],
+        log: Log,
+        faults: Faults = lambda *_: None,
+        lag: Callable[[], float] = lambda: 0,
     ) -> None:
         self.log = log
         self._faults = faults
+        #: How many seconds the next sync takes: what does not wait for it overtakes it.
+        self._lag = lag
         #: What the running system sees.
         self._inodes: dict[int, bytearray] = {}
         self._names: dict[str, int] = {}
@@ -301,6 +308,7 @@ class LossyDisk:
         with self.log.lock:
             token, self._next = self._next, self._next + 1
             self.log.add(f"{kind}_sync", token, *of)
+        time.sleep(self._lag())
         try:
             self._may("datasync" if kind == "file" else "sync_directory", name)
         except OSError:

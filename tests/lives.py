@@ -178,11 +178,11 @@ class Reference:
         assert closing["final"] == self.final
 
 
-def assert_no_orphans(directory: Path) -> None:
-    """The payload files are exactly those that committed rows name."""
+def payload_names(directory: Path) -> set[str]:
+    """Return the payload files that committed rows name."""
     database = sqlite3.connect(directory / "optserve.db")
     try:
-        named = {
+        return {
             name
             for table in ("events", "snapshots")
             for (name,) in database.execute(
@@ -191,4 +191,9 @@ def assert_no_orphans(directory: Path) -> None:
         }
     finally:
         database.close()
-    assert {path.name for path in (directory / "payloads").iterdir()} == named
+
+
+def assert_no_orphans(directory: Path) -> None:
+    """The payload files are exactly those that committed rows name."""
+    found = {path.name for path in (directory / "payloads").iterdir()}
+    assert found == payload_names(directory)

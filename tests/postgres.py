@@ -51,6 +51,7 @@ class Cluster:
         self._data = self.directory / "data"
         self._log = self.directory / "log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._idle: list[str] = []
         # fsync stays on, as it is by default.
         self._run("initdb", "-D", str(self._data), "-U", "optserve", "-A", "trust", *LOCALE)
         self.start()
@@ -108,13 +109,20 @@ class Cluster:
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """Yield the name of a new, empty database, dropped afterwards."""
-        name = f"t{uuid.uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name}")
-        try:
-            yield name
-        finally:
-            self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        """Yield the name of an empty database that nobody else uses meanwhile.
+
+        They are used again: emptying one takes a tenth of the time of making one.
+        """
+        if self._idle:
+            name = self._idle.pop()
+        else:
+            name = f"t{uuid.uuid4().hex}"
+            self.execute(f"CREATE DATABASE {name}")
+        yield name
+        self.kill_connections(name)
+        self.execute("DROP SCHEMA public CASCADE", name)
+        self.execute("CREATE SCHEMA public", name)
+        self._idle.append(name)  # not where the test failed: it may be anything then
 
     def execute(self, text: str, database: str = "postgres") -> None:
         """Run one statement."""

@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +33,7 @@ from tests.disk import Fault, Log, LossyDisk, Medium
 #: In memory where that can be: the copy in the log is what survives, not what a real sync did.
 FAST = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 _boots = count()
+_calls = count()
 
 
 class Violation(AssertionError):
@@ -47,7 +48,7 @@ class Journal:
     """What a session has. Payloads are None where there is none, or none any more; Damaged where
     an earlier power loss took one that nobody had promised to keep."""
 
-    events: Mapping[int, bytes | None | Damaged]
+    events: Mapping[int, bytes | Damaged | None]
     #: Frame and pin, by lsn.
     frames: Mapping[int, tuple[bytes, str | None]] = field(default_factory=dict)
 
@@ -144,7 +145,7 @@ class Wreck:
 class Machine:
     """A store that was opened on what an earlier one left."""
 
-    def __init__(self, wreck: Wreck) -> None:
+    def __init__(self, wreck: Wreck, lag: Callable[[], float] = lambda: 0) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="optserve-test-", dir=FAST))
         self.path = self.directory / "optserve.db"
         if wreck.database is not None:
@@ -152,7 +153,7 @@ class Machine:
         self.wreck = wreck
         self.log = Log()
         self.faults = ArmedFaults()
-        self.disk = LossyDisk(wreck.files, self.log, self.faults)
+        self.disk = LossyDisk(wreck.files, self.log, self.faults, lag=lag)
         self._boot = f"boot-{next(_boots)}"
         self._start()
 
@@ -225,13 +226,14 @@ class FoundJournal:
     events: Mapping[int, bytes | Damaged | None]
     frames: Mapping[int, tuple[bytes | Damaged | None, str | None]]
 
-    def difference(self, expected: Journal, soft: set[int]) -> str | None:
-        """Return how this differs; the payloads of ``soft`` events may be lost."""
+    def difference(self, expected: Journal, soft: set[int], rot: bool = False) -> str | None:
+        """Return how this differs; the payloads of ``soft`` events may be lost, with ``rot`` any,
+        but nothing may read as other bytes."""
         if self.last != expected.last or list(self.events) != sorted(expected.events):
             return f"events {list(self.events)} up to {self.last}, not up to {expected.last}"
         for lsn, data in self.events.items():
             lost = isinstance(data, Damaged)
-            if lost and (lsn in soft or isinstance(expected.events[lsn], Damaged)):
+            if lost and (rot or lsn in soft or isinstance(expected.events[lsn], Damaged)):
                 continue
             if data != expected.events[lsn]:
                 return f"the payload of event {lsn} is {_short(data)}, not what was sent"
@@ -240,9 +242,18 @@ class FoundJournal:
         }:
             return f"snapshots {sorted(self.frames)}, not {sorted(expected.frames)}"
         for lsn, (frame, _) in self.frames.items():
-            if frame != expected.frames[lsn][0]:
+            if frame != expected.frames[lsn][0] and not (rot and isinstance(frame, Damaged)):
                 return f"the snapshot at {lsn} is {_short(frame)}, not what was kept"
         return None
+
+    @property
+    def recoverable(self) -> bool:
+        """Whether one of the newest two snapshots, or the beginning, leads to the last event."""
+        newest = sorted(self.frames)[-2:]
+        starts = [at for at in newest if isinstance(self.frames[at][0], bytes)]
+        starts += [0] if len(newest) < 2 else []
+        lost = [at for at, data in self.events.items() if isinstance(data, Damaged)]
+        return any(all(at <= start for at in lost) for start in starts)
 
     def as_journal(self) -> Journal:
         """Return what must stay from here on."""
@@ -313,9 +324,8 @@ class Play:
         """Ask the store, where the outcome is open."""
         if not isinstance(outcome.error, Unavailable):
             return False
-        return any(
-            found.lsn == event.lsn for found in self.machine.store.events(event.key, event.lsn - 1)
-        )
+        kept = self.machine.store.events(event.key, event.lsn - 1, event.lsn, payloads=False)
+        return any(found.record == event.record for found in kept)
 
     def _payload(self, key: Key) -> tuple[bytes | None, Payload | None]:
         kind = self.rng.random()
@@ -352,7 +362,7 @@ class Play:
             after = journal.step(lsn, data)
         event = Event(
             key=key, lsn=lsn, kind=kind, version=lsn, updates=lsn, time=time.time(),
-            payload=payload, durability=durability,
+            payload=payload, durability=durability, record={"call": next(_calls)},
         )  # fmt: skip
         call = self._begin(key, after, firm=durability == "always")
         future = self.machine.store.submit([event])
@@ -449,7 +459,7 @@ class Play:
         found = Found(self.machine)
         found.check_files()
         for known, expected in self.now.items():
-            _check_session(known, found, [expected], None)
+            _check_session(known, found, [expected])
 
     def _settle_suspect(self, key: Key, found: FoundJournal, durability: Durability) -> None:
         """Drop what was lost and go on behind it, as the owner of the session would."""
@@ -464,9 +474,17 @@ class Play:
 
 
 SESSIONS: dict[str, Durability] = {"a": "always", "b": "always", "c": "always", "o": "os"}
+#: How often what is done.
 ACTIONS = {
-    "step": 50, "firm_step": 6, "snapshot": 16, "rewind": 4, "unpin": 3, "delete": 2, "sweep": 3, "kill": 2,
-}  # fmt: skip
+    "step": 50,
+    "firm_step": 6,
+    "snapshot": 16,
+    "rewind": 4,
+    "unpin": 3,
+    "delete": 2,
+    "sweep": 3,
+    "kill": 2,
+}
 LARGE = (INLINE_BYTES + 1, INLINE_BYTES + 30_000)
 
 
@@ -498,8 +516,9 @@ def _next_copy(log: list[Any], place: int) -> bytes | None:
     return next(op[2] for op in log[place:] if op[:2] == ("note", "commit"))
 
 
-def check(play: Play, place: int, found: Found) -> None:
-    """Raise Violation unless ``found`` may be what a power loss at ``place`` left."""
+def check(play: Play, place: int, found: Found, rot: bool = False) -> None:
+    """Raise Violation unless ``found`` may be what a power loss at ``place`` left; with ``rot``,
+    something may be unreadable on top of it."""
     found.check_files()
     for key, chain in play.calls.items():
         begun = [call for call in chain if call.began <= place]
@@ -508,11 +527,15 @@ def check(play: Play, place: int, found: Found) -> None:
         suspect = key in found.suspect
         low = firm if suspect else max(ended, default=0)
         states = [play.before[key], *(call.after for call in begun)]
-        _check_session(key, found, states[low:], states[firm] if suspect else None)
+        _check_session(key, found, states[low:], states[firm] if suspect else None, rot)
 
 
 def _check_session(
-    key: Key, found: Found, allowed: list[Journal | None], firm: Journal | None
+    key: Key,
+    found: Found,
+    allowed: list[Journal | None],
+    firm: Journal | None = None,
+    rot: bool = False,
 ) -> None:
     journal = found.journals.get(key)
     said = []
@@ -526,7 +549,7 @@ def _check_session(
         if key in found.suspect:
             hard = firm.events if firm else {}
             soft = {at for at, data in expected.events.items() if hard.get(at) != data}
-        if (difference := journal.difference(expected, soft)) is None:
+        if (difference := journal.difference(expected, soft, rot)) is None:
             return
         said.append(difference)
     raise Violation(f"session {key.session!r}: " + "; or ".join(dict.fromkeys(said)))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from optserve.sessions import frames
 from optserve.store.base import Durability
 from optserve_client import Client, Session, StepResult, _calls, errors
 from tests import oracle
@@ -162,6 +163,7 @@ class Owned:
         again: Again,
         *,
         past: bool,
+        lossy: bool,
     ) -> None:
         self.spec, self.session, self.story, self.rng = spec, session, story, rng
         self.duplicates = 0
@@ -169,7 +171,9 @@ class Owned:
         self.unreachable = 0
         #: Times that the session went back, and acknowledged changes that were lost by it.
         self.rewinds = self.lost = 0
-        self.generations: list[str] = [session.info["generation"]] if session.info else []
+        info = session.info or again(session.status)
+        self.generations: list[str] = [info["generation"]]
+        self._lossy = lossy
         self._again = again
         self._lbfgs = spec.body["optimizer"]["name"] == "LBFGS"
         self._past = past
@@ -283,8 +287,11 @@ class Owned:
             return None
 
     def _gone(self, refusal: errors.Invalid) -> None:
-        if "is not pinned" in refusal.detail: print("XXX", refusal.detail); return
-        if "cannot be reached any more" not in refusal.detail:
+        if "is not pinned" in refusal.detail:
+            print("XXX", refusal.detail)
+            return
+        ahead = self._lossy and "version must be in" in refusal.detail  # it went back meanwhile
+        if not ahead and "cannot be reached any more" not in refusal.detail:
             raise refusal
         self.unreachable += 1
 
@@ -304,6 +311,10 @@ class Owned:
         except errors.Invalid as exc:
             self._gone(exc)
             return None
+        origin = session.info.get("forked_from", {}).get("generation")
+        if self._lossy and origin != self.generations[-1]:
+            self._again(session.delete)  # the session went back meanwhile: a copy of something else
+            return None
         made = Owned(
             self.spec,
             session,
@@ -311,18 +322,24 @@ class Owned:
             self.rng,
             self._again,
             past=self._past,
+            lossy=self._lossy,
         )
         if version is None:
             made.trial, made.search = self.trial, self.search
         return made
 
-    def export(self, session: Session | None = None) -> None:
-        """Have the tree compare the state file as it is now; ``session``: another handle."""
-        exported = self._again((session or self.session).export_state)
-        self.story.head.exports.append(bytes(exported))
+    def export(self) -> None:
+        """Have the tree compare the state file as it is now."""
+        exported = bytes(self._again(self.session.export_state))
+        generation = frames.decode(exported).meta["generation"]
+        if generation == self.generations[-1]:
+            self.story.head.exports.append(exported)
+        else:  # it went back meanwhile, which the next change is told
+            assert self._lossy
 
     def go_back(self, lost: errors.SessionRewound) -> None:
         """The server has lost acknowledged changes and said so: go on from where it is."""
+        assert self._lossy, lost
         known = len(self.story.log)
         last = lost.extra.get("last_seq", known)  # this client's seqs count all changes there are
         assert last <= known
@@ -330,13 +347,10 @@ class Owned:
         self.lost += known - last
         self.rewinds += 1
         self.trial = None
+        assert lost.extra["version"] == self.story.version
+        assert lost.extra["generation"] not in self.generations
+        self.generations.append(lost.extra["generation"])
         self.session.resume()
-        status = self._again(self.session.status)
-        assert status["generation"] == lost.extra["generation"]
-        assert status["version"] == lost.extra["version"] == self.story.version
-        assert status["updates"] == self.story.updates
-        assert status["generation"] not in self.generations
-        self.generations.append(status["generation"])
         self.export()
 
 
@@ -380,6 +394,7 @@ class Trainer(threading.Thread):
         self.failure: BaseException | None = None
         self._specs, self._rng = specs, random.Random(seed)
         self._least, self._limit, self._durability = least, limit, durability
+        self._lossy = durability == "memory"
         self._forks = 0
         self._fork: Owned | None = None
 
@@ -402,7 +417,7 @@ class Trainer(threading.Thread):
                 self.changes += 1
             self._end_fork()
             for one in self.owned:
-                one.export()
+                self._export(one)
         except BaseException as exc:
             self.failure = exc
         finally:
@@ -425,7 +440,11 @@ class Trainer(threading.Thread):
         params = oracle.tensors(self._rng.getrandbits(32), spec.shapes, spec.dtype)
         session = self.again(lambda: self._created(name, spec, params))
         tree = Tree(spec.body, params, self.again(session.status)["impl"])
-        self.owned.append(Owned(spec, session, Story(tree), self._rng, self.again, past=self.past))
+        self.owned.append(
+            Owned(
+                spec, session, Story(tree), self._rng, self.again, past=self.past, lossy=self._lossy
+            )
+        )
 
     def _created(self, name: str, spec: Spec, params: oracle.Tensors) -> Session:
         fields = dict(spec.body)
@@ -450,6 +469,11 @@ class Trainer(threading.Thread):
         else:
             self._change(one)
 
+    def _export(self, one: Owned) -> None:
+        if self._lossy:  # whether it went back, the next change is told
+            self._change(one)
+        one.export()
+
     def _change(self, one: Owned) -> None:
         try:
             one.act()
@@ -458,7 +482,7 @@ class Trainer(threading.Thread):
 
     def _end_fork(self) -> None:
         if self._fork is not None:
-            self._fork.export()
+            self._export(self._fork)
             self.forks += 1
             # A network that delivers a deletion twice lets the client hear of the second one.
             with contextlib.suppress(errors.SessionNotFound):

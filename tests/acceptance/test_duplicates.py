@@ -41,7 +41,8 @@ def test_each_step_is_applied_exactly_once_through_a_bad_network(
                     Client(proxy.url, timeout=2.0),
                     {spec.name: spec for spec in specs[i::CLIENTS]},
                     100 + i,
-                    limit=steps // CLIENTS, past=False,
+                    limit=steps // CLIENTS,
+                    past=False,
                 )
                 for i in range(CLIENTS)
             ]
@@ -68,5 +69,8 @@ def test_each_step_is_applied_exactly_once_through_a_bad_network(
     assert set(proxy.replayed) <= {200, 201, 404, 409}, proxy.replayed
     assert sum(one.duplicates for trainer in trainers for one in trainer.owned) > 0
     figure("bad network: changes, each applied once", sum(t.changes for t in trainers), "changes")
-    figure("bad network: requests dropped, cut, delayed or duplicated", sum(proxy.faults.values()),
-           f"of {proxy.requests:,}")
+    figure(
+        "bad network: requests dropped, cut, delayed or duplicated",
+        sum(proxy.faults.values()),
+        f"of {proxy.requests:,}",
+    )

@@ -32,7 +32,7 @@ from tests.serving import ServerProcess, free_port
 from tests.training import SPECS, Spec, Trainer
 
 CLIENTS = 8
-MEAN_LIFE_S = 0.4
+MEAN_LIFE_S = 0.3
 SHARED = Spec(name="shared", body={"optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9}})
 
 

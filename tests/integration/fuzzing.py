@@ -175,7 +175,7 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
         add("GET", f"{url}/versions", query="after=0&limit=2")
         add("POST", f"{url}/rollback", {"version": 0, "abandon": True}, if_match="*")
         add("POST", f"{url}/versions/1/pin", {"name": "n"}, **KEY)
-        add("DELETE", f"{url}/versions/1/pin", query="worker=a&epoch=1&seq=1")
+        add("DELETE", f"{url}/versions/1/pin", query="worker=p&epoch=1&seq=1")
         add("GET", f"{url}/scheduler")
         add("GET", f"{url}/scheduler/preview", query="steps=4")
         add("POST", f"{url}/scheduler/step", {"worker": "a", "seq": 1})

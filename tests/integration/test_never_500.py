@@ -190,6 +190,7 @@ def test_each_route_has_a_request_that_is_right_before_it_is_spoilt(server: Serv
         assert {("GET", url), ("POST", f"{url}/step"), ("PUT", f"{url}/state")} <= answered
     for path, methods in json.loads(body)["paths"].items():
         named = path.replace("{session_id}", "plain").replace("{index}", "0")
+        named = named.replace("{version}", "1")
         named = named.replace("{name}", "adamw" if "optimizers" in path else "step_lr")
         close = {named, named.replace("plain", "rich"), f"{named}-new", f"{named}-imported"}
         for method in methods:

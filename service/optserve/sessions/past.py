@@ -24,10 +24,7 @@ class Past:
 
         Raises Invalid for a version that is not there yet or cannot be reached any more.
         """
-        if not 0 <= version <= state.version:
-            raise Invalid(
-                f"version must be in [0, {state.version}], got {version}", field="version"
-            )
+        _check_bounds(version, state)
         if version == state.version:
             return state
         lsn = self._lsn_of(version)
@@ -114,17 +111,21 @@ class Past:
         frame = write_frame(self._store, past.frame())
         self._store.snapshot(self._key, past.lsn, frame, pin=name)
 
-    def unpin(self, version: int) -> None:
-        """Let the pinned snapshot of ``version`` go as any other; Invalid if there is none."""
-        pinned = [row for row in self._store.snapshots(self._key) if row.pin is not None]
-        found = [row for row in pinned if row.version == version]
-        if not found:
-            names = ", ".join(str(row.version) for row in pinned) or "none"
-            raise Invalid(
-                f"version {version} is not pinned; pinned are: {names:.200}", field="version"
-            )
-        for row in found:
-            self._store.unpin(self._key, row.lsn)
+    def unpin(self, version: int, state: SessionState) -> None:
+        """Let the pinned snapshot of ``version`` go as any other, if there is one.
+
+        A version that is not pinned is no error: a repeat, after a crash between this and the
+        commit, finds none either.
+        """
+        _check_bounds(version, state)
+        for row in self._store.snapshots(self._key):
+            if row.version == version and row.pin is not None:
+                self._store.unpin(self._key, row.lsn)
+
+
+def _check_bounds(version: int, state: SessionState) -> None:
+    if not 0 <= version <= state.version:
+        raise Invalid(f"version must be in [0, {state.version}], got {version}", field="version")
 
 
 def _spans(versions: list[int]) -> str:

@@ -80,7 +80,7 @@ class Unpin(Reaching):
     frame: None = None
 
     def reach(self, past: Reach, state: SessionState) -> Operation:
-        past.unpin(self.version)
+        past.unpin(self.version, state)
         return self
 
     def check(self, state: SessionState, abandon: bool) -> None: ...

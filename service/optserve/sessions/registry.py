@@ -234,10 +234,16 @@ class Registry:
             )
         if identity.key is None:
             return None
+        for key in list(self._doubtful):
+            self._settle(key)
         known = self._created.setdefault(tenant, Ledger()).check(identity, time.time())
-        if known is None or Key(tenant, known.reply["id"]) not in self._sessions:
+        if known is None:
             return None
         found: str = known.reply["id"]
+        if Key(tenant, found) not in self._sessions:  # a late repeat must not bring it back
+            raise SessionNotFound(
+                f"session {found!r}, which this Idempotency-Key created, was deleted"
+            )
         return found
 
     def _begin(self, key: Key, seed: Seed, identity: Identity) -> Session:
