@@ -371,7 +371,18 @@ class Tree:
         return node
 
     def check(self) -> int:
-        """Make the whole training with torch, compare every export; return how many there were."""
+        """Make the whole training with torch, compare every export; return how many there were.
+
+        On one thread, as servers with ``--threads 1``.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._check()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _check(self) -> int:
         first = self.nodes[0]
         at = {id(first): Twin(self._body, self._params, self._impl)}
         waiting = {id(node): node.children for node in self.nodes}

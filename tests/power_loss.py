@@ -492,9 +492,9 @@ LARGE = (INLINE_BYTES + 1, INLINE_BYTES + 30_000)
 
 
 def wrecks(
-    play: Play, rng: random.Random, samples: int, first: int = 0
+    play: Play, rng: random.Random, share: float = 1, first: int = 0
 ) -> Iterator[tuple[int, Wreck]]:
-    """Yield what power losses leave: ``samples`` at each place in the log from ``first`` on."""
+    """Yield what power losses leave, at a ``share`` of the places in the log from ``first`` on."""
     log, machine = list(play.machine.log.operations), play.machine
     medium = Medium(machine.wreck.files)
     #: What the database may be: the last synced commit, and those after it.
@@ -507,7 +507,7 @@ def wrecks(
             databases, running = [copy] if synced else [*databases, copy], False
         elif operation[:2] == ("note", "committing"):
             running = True
-        for _ in range(samples if place >= first else 0):
+        if place >= first and rng.random() < share:
             candidates = [*databases, _next_copy(log, place)] if running else databases
             yield place, Wreck(rng.choice(candidates), medium.sample(rng))
 

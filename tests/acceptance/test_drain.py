@@ -18,12 +18,11 @@ from optserve.store.opening import open_store
 from optserve_client import Client
 from tests.forked import Forkery
 from tests.serving import ServerProcess, free_port
-from tests.training import SPECS, Trainer, one_thread
-
-__all__ = ["one_thread"]
+from tests.training import SPECS, Trainer
 
 CREATE = {"optimizer": {"name": "SGD", "lr": 0.5}, "params": {"w": [1.0]}}
 STEP = b'{"grads": {"w": [1.0]}}'
+JSON = {"Content-Type": "application/json"}
 #: A limit for what is asked for at once; what takes it, hangs.
 LIMIT_S = 10
 
@@ -34,7 +33,8 @@ def half_a_step(server: ServerProcess, session_id: str) -> Iterator[http.client.
     url = httpx.URL(server.url)
     connection = http.client.HTTPConnection(url.host, url.port, timeout=30)
     connection.putrequest("POST", f"/v1/sessions/{session_id}/step")
-    connection.putheader("Content-Type", "application/json")
+    for name, value in JSON.items():
+        connection.putheader(name, value)
     connection.putheader("Content-Length", str(len(STEP)))
     connection.putheader("Expect", "100-continue")
     connection.endheaders()
@@ -51,11 +51,16 @@ def create(server: ServerProcess, session_id: str, **fields: Any) -> None:
     assert answer.status_code == 201, answer.text
 
 
+def step(server: ServerProcess, session_id: str) -> httpx.Response:
+    url = f"{server.url}/v1/sessions/{session_id}/step"
+    return httpx.post(url, content=STEP, headers=JSON)
+
+
 def until_refused(server: ServerProcess, session_id: str) -> httpx.Response:
     """Send steps until one is refused."""
     until = time.monotonic() + LIMIT_S
     while time.monotonic() < until:
-        answer = httpx.post(f"{server.url}/v1/sessions/{session_id}/step", content=STEP)
+        answer = step(server, session_id)
         if answer.status_code != 200:
             return answer
         time.sleep(0.01)
@@ -115,7 +120,7 @@ def test_a_second_sigterm_ends_it_at_once_and_loses_nothing(tmp_path: Path) -> N
     with ServerProcess(data_dir=tmp_path, env={"OPTSERVE_DRAIN_S": "600"}) as server:
         create(server, "a")
         create(server, "stuck")
-        assert httpx.post(f"{server.url}/v1/sessions/a/step", content=STEP).status_code == 200
+        assert step(server, "a").status_code == 200
         with half_a_step(server, "stuck"):
             server.process.send_signal(signal.SIGTERM)
             until_refused(server, "stuck")
@@ -127,7 +132,7 @@ def test_a_second_sigterm_ends_it_at_once_and_loses_nothing(tmp_path: Path) -> N
 def test_an_orderly_stop_keeps_what_durability_memory_had(tmp_path: Path) -> None:
     with ServerProcess(data_dir=tmp_path) as server:
         create(server, "a", durability="memory")
-        before = httpx.post(f"{server.url}/v1/sessions/a/step", content=STEP).json()
+        before = step(server, "a").json()
         assert server.stop() == 0
     with ServerProcess(data_dir=tmp_path) as server:
         after = httpx.get(f"{server.url}/v1/sessions/a").json()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import httpx
 import pytest
-import torch
 
 from optserve_client import Client
 from tests.conftest import Figure
@@ -15,15 +12,6 @@ from tests.serving import ServerProcess
 from tests.training import SPECS, Trainer
 
 CLIENTS = 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let torch compute here as on the server, which has ``--threads 1``."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.timeout(1800)
@@ -42,7 +30,6 @@ def test_each_step_is_applied_exactly_once_through_a_bad_network(
                     {spec.name: spec for spec in specs[i::CLIENTS]},
                     100 + i,
                     limit=steps // CLIENTS,
-                    past=False,
                 )
                 for i in range(CLIENTS)
             ]

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from optserve.store import Key, Store
 from optserve.store.base import Durability
@@ -28,6 +27,7 @@ from tests import oracle
 from tests.conftest import Figure
 from tests.forked import Forkery
 from tests.oracle import Story, Tree
+from tests.postgres import shared_cluster
 from tests.serving import ServerProcess, free_port
 from tests.training import SPECS, Spec, Trainer
 
@@ -40,15 +40,6 @@ SHARED = Spec(name="shared", body={"optimizer": {"name": "SGD", "lr": 0.01, "mom
 def forkery() -> Iterator[Forkery]:
     with Forkery() as started:
         yield started
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let torch compute here as on the servers, which have ``--threads 1``."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Place:
@@ -204,27 +195,42 @@ def check_all(place: Place, trainers: list[Trainer], open_it: Callable[[], Store
     return sum(trainer.changes for trainer in trainers)
 
 
+@pytest.fixture(params=["SQLite", "PostgreSQL"])
+def database(request: pytest.FixtureRequest) -> Iterator[tuple[str, str | None]]:
+    """Which database, and its URL if it is not the default one."""
+    if request.param == "SQLite":
+        yield request.param, None
+        return
+    cluster = shared_cluster()
+    with cluster.database() as name:
+        yield request.param, cluster.url(name)
+
+
 @pytest.mark.timeout(3 * 3600)
 def test_nothing_is_lost_or_applied_twice(
-    forkery: Forkery, tmp_path: Path, long_form: bool, figure: Figure
+    database: tuple[str, str | None],
+    forkery: Forkery,
+    tmp_path: Path,
+    long_form: bool,
+    figure: Figure,
 ) -> None:
-    kills = 2_000 if long_form else 100
-    place = Place(forkery, tmp_path, seed=1)
+    label, url = database
+    kills = (2_000 if long_form else 100) if url is None else (400 if long_form else 20)
+    place = Place(forkery, tmp_path, *(() if url is None else ("--store", url)), seed=1)
     trainers = train(place.url, SPECS, None)
     with place.start():
         share(trainers[:2], None)
     survive(place, trainers, kills)
-    changes = check_all(
-        place, trainers, lambda: open_store(url=None, data_dir=tmp_path, files=None)
-    )
+    changes = check_all(place, trainers, lambda: open_store(url=url, data_dir=tmp_path, files=None))
     repeated = sum(one.duplicates for trainer in trainers for one in trainer.owned)
     assert place.kills == kills
     assert repeated > 0
-    figure("kill -9, SQLite: kills survived", place.kills, "kills")
-    figure("kill -9, SQLite: changes acknowledged, 0 lost, 0 applied twice", changes, "changes")
-    figure("kill -9, SQLite: steps whose first answer the kill took", repeated, "steps")
+    told = f"kill -9, {label}"
+    figure(f"{told}: kills", place.kills, f"kills, {place.unready} of them before it was ready")
+    figure(f"{told}: acknowledged, 0 lost, 0 applied twice", changes, "changes")
+    figure(f"{told}: steps whose first answer a kill took", repeated, "steps")
     given_up = sum(trainer.given_up for trainer in trainers)
-    figure("kill -9, SQLite: calls that the client had to give up", given_up, "calls")
+    figure(f"{told}: calls that the client had to give up", given_up, "calls")
 
 
 def test_a_process_that_dies_loses_nothing_with_durability_os(

@@ -85,7 +85,9 @@ class Case:
 
 
 def _numbers(reference: Reference, long_form: bool) -> range:
-    return range(1 if long_form else TODAY % STRIDE + 1, len(reference.calls) + 1, 1 if long_form else STRIDE)
+    return range(
+        1 if long_form else TODAY % STRIDE + 1, len(reference.calls) + 1, 1 if long_form else STRIDE
+    )
 
 
 def test_killed_at_any_call_it_goes_on_bit_for_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -16,8 +17,10 @@ import httpx
 import numpy as np
 import pytest
 
+from optserve.store.schema import FORMAT
 from optserve_client import Client, errors
-from tests import oracle, training
+from tests import oracle
+from tests.data import make_format
 from tests.oracle import Story, Tree
 from tests.serving import ServerProcess, free_port
 from tests.training import SPECS, Owned, Spec
@@ -26,10 +29,11 @@ NAMES = [spec.name for spec in SPECS]
 PARAMS = {"w": [1.0, 2.0, 3.0]}
 #: Payloads of it are files.
 BIG: oracle.Shapes = {"w": (150, 150)}
+DATA = Path(make_format.__file__).parent
 
 
 @dataclass
-class Story_:
+class Past:
     """What was known before the last kill, and the server that came after it."""
 
     directory: Path
@@ -56,23 +60,23 @@ def owned(client: Client, spec: Spec, rng: random.Random) -> Owned:
     return Owned(spec, session, Story(tree), rng, lambda call: call(), past=False, lossy=False)
 
 
-def act(story: Story_, times: int) -> None:
+def act(story: Past, times: int) -> None:
     for one in story.owned.values():
         for _ in range(times):
             one.act()
 
 
-def numbered(story: Story_, seq: int) -> httpx.Response:
+def numbered(story: Past, seq: int) -> httpx.Response:
     body = {"grads": PARAMS, "worker": "old", "seq": seq}
     return story.http("POST", "/numbered/step", json=body)
 
 
-def keyed(story: Story_, key: str) -> httpx.Response:
+def keyed(story: Past, key: str) -> httpx.Response:
     body = {"grads": PARAMS}
     return story.http("POST", "/numbered/step", json=body, headers={"Idempotency-Key": key})
 
 
-def begin(story: Story_) -> None:
+def begin(story: Past) -> None:
     """The first life; it ends in order, so that every session has a snapshot."""
     rng = random.Random(7)
     for spec in SPECS:
@@ -88,7 +92,7 @@ def begin(story: Story_) -> None:
     act(story, 5)
 
 
-def go_on(story: Story_) -> None:
+def go_on(story: Past) -> None:
     """The second life; what it does is not in a snapshot when it is killed."""
     for seq in (2, 3):
         assert numbered(story, seq).json()["duplicate"] is False
@@ -114,11 +118,11 @@ def go_on(story: Story_) -> None:
 
 
 @pytest.fixture(scope="module")
-def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story_]:
+def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Past]:
     """Sessions after an orderly end and, later, a kill; ``before`` is how they were at the kill."""
     directory, port = tmp_path_factory.mktemp("recovery") / "data", free_port()
     with Client(f"http://127.0.0.1:{port}") as client:
-        story = Story_(directory, port, client, url=f"http://127.0.0.1:{port}")
+        story = Past(directory, port, client, url=f"http://127.0.0.1:{port}")
         with story.serve():
             begin(story)
         with story.serve() as second:
@@ -131,19 +135,19 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story_]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_status_and_history_are_those_before_the_kill(recovered: Story_, name: str) -> None:
+def test_state_status_and_history_are_those_before_the_kill(recovered: Past, name: str) -> None:
     session, before = recovered.client.session(name), recovered.before[name]
     status = session.status()
     assert bytes(session.export_state()) == before["state"]
     assert status["recovery"] == {"bit_exact": True, "reason": None}
     assert status == before["status"]
-    assert status["config"]["tags"] == {"kind": name}
+    assert status["tags"] == {"kind": name}
     assert list(session.history()) == before["history"]
     assert list(session.versions()) == before["versions"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_as_torch_does(recovered: Story_, name: str) -> None:
+def test_training_goes_on_as_torch_does(recovered: Past, name: str) -> None:
     """With an LBFGS line search and an accumulation window that the kill found open."""
     one = recovered.owned[name]
     one.export()
@@ -153,7 +157,7 @@ def test_training_goes_on_as_torch_does(recovered: Story_, name: str) -> None:
     assert one.story.tree.check() >= 2
 
 
-def test_old_requests_are_duplicates(recovered: Story_) -> None:
+def test_old_requests_are_duplicates(recovered: Past) -> None:
     answers = {seq: numbered(recovered, seq).json() for seq in (1, 2, 3)}
     assert {seq: a["applied_version"] for seq, a in answers.items()} == {1: 1, 2: 3, 3: 4}
     assert all(a["duplicate"] for a in answers.values())
@@ -188,7 +192,7 @@ def newest_file(directory: Path, table: str, session: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def damaged(recovered: Story_) -> Iterator[tuple[Client, ServerProcess]]:
+def damaged(recovered: Past) -> Iterator[tuple[Client, ServerProcess]]:
     """A server whose disk changed a byte of a payload and one of a snapshot."""
     directory = recovered.directory.with_name("damaged")
     flip(newest_file(directory, "events", "spoilt"))
@@ -215,15 +219,15 @@ def test_a_damaged_session_is_refused_by_name_with_a_cure(
 
 @pytest.mark.parametrize("name", [*NAMES, "numbered"])
 def test_the_others_work_beside_a_damaged_one(
-    recovered: Story_, damaged: tuple[Client, ServerProcess], name: str
+    recovered: Past, damaged: tuple[Client, ServerProcess], name: str
 ) -> None:
     client, _ = damaged
     assert bytes(client.session(name).export_state()) == recovered.before[name]["state"]
-    assert name in {row["id"] for row in client.sessions().items}
+    assert name in {row["id"] for row in client.list().items}
 
 
 def test_a_damaged_snapshot_is_passed_over_for_the_older_one(
-    recovered: Story_, damaged: tuple[Client, ServerProcess]
+    recovered: Past, damaged: tuple[Client, ServerProcess]
 ) -> None:
     client, server = damaged
     session = client.session("stale")
@@ -249,7 +253,7 @@ def test_a_damaged_session_can_be_deleted(damaged: tuple[Client, ServerProcess])
     assert made.step({"w": np.ones(3, "f4")}).version == 1
 
 
-def test_a_replay_on_another_machine_says_so(recovered: Story_) -> None:
+def test_a_replay_on_another_machine_says_so(recovered: Past) -> None:
     """Here: with another number of threads. A session that is not replayed has nothing to say."""
     directory = recovered.directory.with_name("threads")
     flags = ("--threads", "1")
@@ -262,4 +266,42 @@ def test_a_replay_on_another_machine_says_so(recovered: Story_) -> None:
         assert fresh.status()["recovery"] == {"bit_exact": True, "reason": None}
 
 
-# --- a directory that an earlier release wrote -----------------------------------------------------
+# --- a directory that a release wrote --------------------------------------------------------------
+
+FORMATS = sorted(
+    path for path in DATA.iterdir() if path.is_dir() and path.name.startswith("format")
+)
+
+
+@pytest.mark.parametrize("kept", FORMATS, ids=lambda path: path.name)
+def test_a_directory_of_that_format_opens_and_has_its_numbers(kept: Path, tmp_path: Path) -> None:
+    """And its sessions go on. Where the last bits cannot be the same, the status says so."""
+    directory = tmp_path / "data"
+    shutil.copytree(kept, directory)
+    known = json.loads(kept.with_suffix(".json").read_text())
+    with (
+        ServerProcess(*known["flags"], data_dir=directory) as server,
+        Client(server.url) as client,
+    ):
+        assert {row["id"] for row in client.list().items} == set(known["sessions"])
+        for name, want in known["sessions"].items():
+            session = client.session(name)
+            status = session.status()
+            told = {key: status[key] for key in ("version", "updates", "generation")}
+            assert told == {key: want[key] for key in told}
+            assert [row["version"] for row in session.history()] == want["history"]
+            found = make_format.digests(session.export_state())
+            assert found.keys() == want["tensors"].keys()
+            if status["recovery"]["bit_exact"]:
+                assert found == want["tensors"], f"{name} says that it is bit-exact"
+            else:
+                assert status["recovery"]["reason"]
+        make_format.train(client, 8, 1)
+
+
+def test_the_format_of_this_release_is_kept() -> None:
+    names = {path.name for path in FORMATS}
+    assert names == {f"format-{number}" for number in range(1, FORMAT + 1)}
+    assert all(
+        sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) < 200_000 for p in FORMATS
+    )

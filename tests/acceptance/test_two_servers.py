@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
-import pytest
 
-from tests.postgres import database
+from tests.postgres import shared_cluster
 from tests.serving import ROOT, ServerProcess, environment
 
 CREATE = {"optimizer": {"name": "SGD", "lr": 0.5}, "params": {"w": [1.0]}}
@@ -47,3 +46,13 @@ def check_the_first_stays_the_only_one(data_dir: Path, flags: Sequence[str], pla
     with ServerProcess(*flags, data_dir=data_dir) as server:  # a dead one is in nobody's way
         answer = httpx.post(f"{server.url}/v1/sessions/a/step", json=STEP).json()
         assert (answer["version"], answer["params"]) == (2, {"w": [0.0]})
+
+
+def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
+    check_the_first_stays_the_only_one(tmp_path, (), str(tmp_path))
+
+
+def test_a_postgresql_database_has_one_server(tmp_path: Path) -> None:
+    cluster = shared_cluster()
+    with cluster.database() as name:
+        check_the_first_stays_the_only_one(tmp_path, ("--store", cluster.url(name)), name)

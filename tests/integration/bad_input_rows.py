@@ -982,6 +982,8 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "name must have at least 1 characters, got 0"),
     ("POST", f"{A}/versions/1/pin", body({"name": "x" * 129}), INVALID,
         "name must have at most 128 characters, got 129"),
+    ("POST", f"{A}/versions/1/pin", body({"name": "a\0b"}), INVALID,
+        "name must not hold control characters, got 'a\\x00b'"),
     ("POST", f"{A}/versions/1/pin", body({"name": 7}), INVALID, "name must be a string, got 7"),
     ("POST", f"{A}/versions/1/pin", body({"pin": "a"}), INVALID, "unknown field 'pin'"),
     ("POST", f"{A}/versions/99/pin", {}, INVALID, "version must be in [0, 19], got 99"),
@@ -990,8 +992,7 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
     ("POST", f"{A}/versions/first/pin", {}, INVALID,
         "path parameter version: input should be a valid integer, unable to parse string as an "
         "integer, got 'first'"),
-    ("DELETE", f"{A}/versions/1/pin", {}, INVALID,
-        "version 1 is not pinned; pinned are: none"),
+    ("DELETE", f"{A}/versions/99/pin", {}, INVALID, "version must be in [0, 19], got 99"),
     ("DELETE", f"{A}/versions/1/pin", body({"name": "a"}), INVALID, "unknown field 'name'"),
     ("GET", f"{A}/versions?after=-1", {}, INVALID,
         "query parameter after: input should be greater than or equal to 0, got '-1'"),

@@ -28,13 +28,13 @@ class Restarting:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._flags = ("--port", str(self.port), "--threads", "1")
-        self._forkery, self._data_dir = forkery, data_dir
+        self._forkery, self.data_dir = forkery, data_dir
         self.server = self._start()
         self.server.wait_ready()
 
     def _start(self) -> ServerProcess:
         launch = self._forkery.launch
-        return ServerProcess(*self._flags, data_dir=self._data_dir, launch=launch)
+        return ServerProcess(*self._flags, data_dir=self.data_dir, launch=launch)
 
     def kill(self) -> None:
         assert self.server.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -250,6 +250,30 @@ def test_lost_history_is_told_until_the_program_resumes(place: Restarting) -> No
         assert (caught.value.extra["version"], at["version"], at["notes"]) == (0, 0, None)
         session.resume()
         assert session.step(ONE).version == 1
+
+
+def test_a_damaged_session_is_told_at_once_and_can_be_deleted(place: Restarting) -> None:
+    large = {"w": np.ones(50_000, np.float32)}  # its payload is a file
+    with Client(place.url) as client:
+        other = client.create("SGD", ONE, lr=0.5)
+        before = set(place.data_dir.rglob("*"))
+        session = client.create("SGD", large, lr=0.5, id="large")
+        session.step(large)
+        place.kill()
+        for path in set(place.data_dir.rglob("*")) - before:
+            if path.is_file() and path.stat().st_size > 100_000:
+                whole = bytearray(path.read_bytes())
+                whole[-1] ^= 1
+                path.write_bytes(whole)
+        place.again()
+        for call in (lambda: session.step(large), session.params, session.status):
+            with pytest.raises(errors.Damaged, match="'large'") as caught:
+                call()
+        assert "earlier attempt" not in caught.value.detail
+        assert other.step(ONE).version == 1
+        session.delete()
+        assert [row["id"] for row in client.list().sessions] == [other.id]
+        assert client.create("SGD", large, lr=0.5, id="large").step(large).version == 1
 
 
 def test_a_server_that_was_told_to_stop_and_comes_back_costs_nothing(place: Restarting) -> None:

@@ -358,3 +358,27 @@ def test_jobs_that_came_during_run_if_idle_run_after_it(executor: Executor) -> N
     turn.run_if_idle(here)
     turn.run(lambda: None).result(5)
     assert order == ["here", "later"]
+
+
+def test_a_job_that_waited_keeps_nothing_alive(executor: Executor) -> None:
+    class Reply:
+        pass
+
+    waited: Future[None] = Future()
+
+    def job() -> Waiting[Reply]:
+        yield waited
+        return Reply()
+
+    gc.disable()
+    try:
+        future = executor.turn().run(job)
+        waited.set_result(None)
+        alive = weakref.ref(future.result(5))
+        del future, job  # whoever ended ``waited`` may keep it
+        deadline = time.monotonic() + 5
+        while alive() is not None and time.monotonic() < deadline:
+            executor.turn().run(lambda: None).result(5)
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import Header, Path, Query
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,7 +15,7 @@ from optserve.api.openapi import operation
 from optserve.api.replies import encode_reply, json_response
 from optserve.api.routing import JsonMedia, Media, SessionId, router, session_of
 from optserve.api.waiting import done
-from optserve.sessions.fields import MAX_INT, Fields
+from optserve.sessions.fields import MAX_INT, Fields, shown
 from optserve.sessions.operations import Pin, Rollback, Unpin
 from optserve_client.errors import (
     Conflict,
@@ -88,11 +88,19 @@ async def roll_back(
     return await encode_reply(media, await done(reply))
 
 
+def _one_line(name: str) -> str:
+    if not name.isprintable():  # PostgreSQL, for one, stores no NUL
+        raise ValueError(f"must not hold control characters, got {shown(name)}")
+    return name
+
+
 class PinBody(Fields):
     """What a pinned version is called."""
 
     #: ``v<version>`` if left out.
-    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_one_line)] | None = (
+        None
+    )
 
 
 @routes.post(
@@ -129,7 +137,8 @@ async def pin_version(
 async def unpin_version(
     session_id: SessionId, version: Version, request: Request, media: Media, claim: Claim
 ) -> Response:
-    """From now on it can be reached as long as any other version of its age."""
+    """From now on it can be reached as long as any other version of its age. What is not pinned
+    stays as it is."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "pin", needs=None)
     incoming.check_empty()

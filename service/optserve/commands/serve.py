@@ -81,7 +81,6 @@ def _serve(settings: Settings) -> int:
         server.close(sock, settings)
         say(str(exc))
         return 1
-    server.log.info("sessions are kept here", place=settings.place, store=store.name)
 
     from optserve.api.app import create_app
     from optserve.sessions.registry import Registry
@@ -108,4 +107,5 @@ def _serve(settings: Settings) -> int:
             f"{registry.device}, {registry.threads} threads, store: {store.name})"
         )
 
+    server.log.info("sessions are kept here", place=settings.place, store=store.name)
     return server.serve(create_app(registry, settings), sock, settings, warm, registry.close)

@@ -213,7 +213,7 @@ class Registry:
         exist_ok: bool,
     ) -> Made:
         if (known := self._known_key(tenant, identity)) is not None:
-            return Made(self.get(tenant, known), duplicate=True)
+            return self._repeat(Key(tenant, known))
         seed = make()
         key = Key(tenant, session_id or f"s-{secrets.token_hex(8)}")
         try:
@@ -245,6 +245,12 @@ class Registry:
                 f"session {found!r}, which this Idempotency-Key created, was deleted"
             )
         return found
+
+    def _repeat(self, key: Key) -> Made:
+        """Answer a creation again; a fork's says whose it is."""
+        [event] = self.store.events(key, upto_lsn=1, payloads=False)
+        said = {k: event.record[k] for k in ("forked_from",) if k in event.record}
+        return Made(self.get(*key), duplicate=True, extra=said)
 
     def _begin(self, key: Key, seed: Seed, identity: Identity) -> Session:
         """Commit the create event of a new session and keep it."""
@@ -288,7 +294,7 @@ class Registry:
 
         def job(state: SessionState) -> Made:
             if (known := self._known_key(tenant, identity)) is not None:
-                return Made(self.get(tenant, known), duplicate=True)
+                return self._repeat(Key(tenant, known))
             key = Key(tenant, fields.id or f"s-{secrets.token_hex(8)}")
             if key in self._sessions:
                 raise SessionExists(f"session {key.session!r} exists")

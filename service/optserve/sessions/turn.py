@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
 from optserve_client.errors import Unavailable
@@ -53,16 +54,19 @@ class Executor:
         except RuntimeError as exc:  # shut down, or the initializer failed
             raise Unavailable(f"no more jobs are run: {exc}", retry_after=RETRY_AFTER_S) from exc
 
-    def after(self, waited: Future[Any], fn: Callable[[], object]) -> None:
-        """Run ``fn`` when ``waited`` has ended; also where that is after :meth:`close` began."""
+    def after(self, waited: Future[A], fn: Callable[[Future[A]], object]) -> None:
+        """Run ``fn(waited)`` when ``waited`` has ended; also after :meth:`close` began."""
+        # Whoever keeps ``waited``, or a cycle, must not keep a job and its reply with it.
+        once = [fn]
         with self._idle:
             self._waiting += 1
 
-        def go_on(_: Future[Any]) -> None:
+        def go_on(ended: Future[A]) -> None:
+            go = once.pop()
             try:
-                self._pool.submit(fn)
+                self._pool.submit(go, ended)
             except RuntimeError:  # shut down meanwhile: what was begun is still finished
-                fn()
+                go(ended)
             finally:
                 with self._idle:
                     self._waiting -= 1
@@ -195,8 +199,7 @@ class Turn:
                 return
             if not waited.done():
                 break
-        ended = waited
-        self._executor.after(ended, lambda: self._advance(future, job, ended))
+        self._executor.after(waited, partial(self._advance, future, job))
 
     def _end(self, future: Future[Any], exc: BaseException | None, result: Any = None) -> None:
         self._running = False

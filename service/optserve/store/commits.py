@@ -16,6 +16,7 @@ from typing import Literal
 from optserve.store.base import Event, Key, Outcome
 from optserve.store.database import Connection, Database
 from optserve.store.frozen import Frozen
+from optserve.store.jobs import Item, Job
 from optserve.store.placing import Placed, Placing
 from optserve.store.tail import Tails
 from optserve.store.writing import After, Writing
@@ -24,62 +25,6 @@ from optserve_client.errors import Internal, OptserveError, Unavailable
 #: How an event is committed: without a sync; with one; it is the first that only this process has,
 #: which the database is told with a sync; in this process alone.
 How = Literal["os", "synced", "mark", "tail"]
-
-
-class Item:
-    """One event on its way."""
-
-    __slots__ = ("after", "done", "durability", "error", "event", "job", "pending", "placed", "row")
-
-    def __init__(self, job: Job, event: Event) -> None:
-        self.job = job
-        self.event = event
-        self.durability = event.durability
-        self.row: Frozen | None = None
-        self.placed: Placed | None = None
-        #: The sync of the payload.
-        self.pending: Future[object] | None = None
-        self.error: OptserveError | None = None
-        self.done = False
-        self.after = After()
-
-    @property
-    def database_has(self) -> bool:
-        """Whether the event goes to the database, whatever its durability."""
-        return self.durability != "memory" or self.event.kind in ("create", "rewind")
-
-    def finish(self) -> None:
-        if not self.done:
-            self.done = True
-            if self.error is not None and self.placed is not None and not self._open_outcome:
-                self.placed.give_up()
-            self.job.one_less()
-
-    @property
-    def _open_outcome(self) -> bool:
-        """Whether a row may have been committed that names the payload."""
-        return isinstance(self.error, Unavailable)
-
-
-class Job:
-    """The events of one call."""
-
-    def __init__(self, events: Sequence[Event]) -> None:
-        self.items = [Item(self, event) for event in events]
-        self.keys = {event.key for event in events}
-        self.future: Future[list[Outcome]] = Future()
-        self.future.set_running_or_notify_cancel()
-        self._left = len(self.items)
-
-    def one_less(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self.future.set_result(
-                [Outcome(key=i.event.key, lsn=i.event.lsn, error=i.error) for i in self.items]
-            )
-
-    def pending(self) -> list[Future[object]]:
-        return [i.pending for i in self.items if i.pending and not i.pending.done()]
 
 
 class Commits:
@@ -98,6 +43,8 @@ class Commits:
         self._busy: Counter[Key] = Counter()
         #: Who holds it writes.
         self._writer = threading.Lock()
+        #: Sessions with a tail that a commit with an open outcome may have changed.
+        self._unsure: set[Key] = set()
         self._settlers = ThreadPoolExecutor(2, thread_name_prefix="store-settle")
         self._closing = False
         self._closed = False
@@ -140,8 +87,14 @@ class Commits:
         """Commit what the block does to one session, with a sync."""
         after = After()
         with self.alone(), self._with_tail([key]):
-            with self._database.transaction() as tx:
-                yield tx, after
+            if key in self._unsure:
+                self._reconcile(key)
+            try:
+                with self._database.transaction() as tx:
+                    yield tx, after
+            except Unavailable:
+                self._open_outcome([key])
+                raise
             self._follow_up(after)
 
     def close(self) -> None:
@@ -181,6 +134,8 @@ class Commits:
             for item in job.items:
                 key = item.event.key
                 if item.database_has or self._busy[key] or self._tails.get(key) is None:
+                    return False
+                if key in self._unsure:
                     return False
             for item in job.items:
                 self._to_tail(item)
@@ -250,6 +205,8 @@ class Commits:
         jobs = self._take()
         todo = [item for job in jobs for item in job.items]
         try:
+            for item in todo:
+                self._know(item)
             while todo:
                 todo = self._round(todo)
         except BaseException as exc:
@@ -266,6 +223,25 @@ class Commits:
                 for job in jobs:
                     self._busy.subtract(job.keys)
                 self._busy = +self._busy
+
+    def _know(self, item: Item) -> None:
+        """Find out what an open outcome has left of a tail, before it is written to."""
+        if item.event.key in self._unsure:
+            try:
+                with self._tails.lock:
+                    self._reconcile(item.event.key)
+            except OptserveError as exc:
+                item.error = exc
+
+    def _open_outcome(self, keys: Sequence[Key]) -> None:
+        """A commit may have happened or not: believe neither."""
+        self._unsure.update(key for key in keys if self._tails.get(key) is not None)
+        self._writing.dirty.difference_update(keys)  # the next os event says it again, synced
+
+    def _reconcile(self, key: Key) -> None:
+        with self._database.transaction() as tx:
+            self._writing.reconcile(tx, key)
+        self._unsure.discard(key)
 
     def _round(self, items: list[Item]) -> list[Item]:
         """Write ``items`` in up to three groups; return those that must wait for the next round.
@@ -352,6 +328,7 @@ class Commits:
                     self._one(tx, item, guarded=len(items) > 1)
         except Unavailable as exc:
             self._all_failed(items, exc)
+            self._open_outcome([item.event.key for item in items])
         except OptserveError as exc:
             # Nothing is committed. What was too much together may do alone.
             if len(items) == 1:

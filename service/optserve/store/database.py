@@ -84,6 +84,10 @@ class Database(ABC):
     def tidy(self) -> None:
         """Give room back to the disk, after much was dropped."""
 
+    @abstractmethod
+    def integrity(self) -> Iterator[str]:
+        """Yield a sentence for each fault that the database finds in itself."""
+
     # --- writing ---
 
     @property
@@ -92,7 +96,11 @@ class Database(ABC):
         if self._writer is None:
             try:
                 self._writer = self.connect()
-            except (self.error, OSError, ValueError, sa.exc.SQLAlchemyError) as exc:
+            except self.error as exc:
+                if self.fault(exc) == "damaged":
+                    raise self.translated(exc) from exc
+                raise Unavailable(f"{self.where} cannot be opened: {first_line(exc)}") from exc
+            except (OSError, sa.exc.SQLAlchemyError) as exc:
                 raise Unavailable(f"{self.where} cannot be opened: {first_line(exc)}") from exc
         return self._writer
 

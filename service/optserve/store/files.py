@@ -11,7 +11,7 @@ import errno
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -33,6 +33,8 @@ SYNC_THREADS = 4
 #: The medium is told to begin each time that this much was written: of 100 MB, the sync at the end
 #: then has a quarter left to do.
 WRITE_BACK_BYTES = 8 * 2**20
+#: What a read fails with when bytes are gone.
+DAMAGE = {errno.ENOENT, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)}
 
 
 class PayloadFiles:
@@ -53,6 +55,8 @@ class PayloadFiles:
         self._held: weakref.WeakValueDictionary[str, HeldFile] = weakref.WeakValueDictionary()
         #: Names of files that were sealed without a sync.
         self._unsynced: set[str] = set()
+        #: Those of them that cannot be synced any more.
+        self._lost: dict[str, HeldFile] = {}
         self._spool: Spool | None = None
         self._closed = False
         # Tells the files of this object from all others: ``sweep`` leaves them alone.
@@ -93,7 +97,8 @@ class PayloadFiles:
     def open(self, name: str, nbytes: int, digest: bytes) -> FilePayload:
         """Return the payload that a row names.
 
-        Raises Damaged if the file is missing or has another length. From here on the bytes stay as
+        Raises Damaged if the file is missing or has another length; Unavailable if it cannot be
+        read now. From here on the bytes stay as
         long as the payload is held, whatever is removed. One that was removed just before this
         call is missing: read the row again before you believe it.
         """
@@ -104,7 +109,7 @@ class PayloadFiles:
         try:
             found = self.disk.size(file.path)
         except OSError as exc:
-            raise damaged(name, f"cannot be read: {exc.strerror}") from exc
+            raise unreadable(name, exc) from exc
         if found != nbytes:
             raise damaged(name, f"has {found} bytes, expected {nbytes}")
         return FilePayload(self, file, nbytes, digest)
@@ -121,18 +126,20 @@ class PayloadFiles:
             raise refused(error, f"cannot sync a payload of {payload.nbytes} bytes") from error
         self._unsynced.discard(payload.name)
 
-    def flush(self) -> None:
-        """Return when every file that was sealed without a sync is durable too.
+    def flush(self, names: Collection[str] | None = None) -> None:
+        """Return when the files that were sealed without a sync are durable too; of ``names``, or
+        all of them.
 
-        Raises OutOfSpace or Unavailable; then some are not, and will not be.
+        Raises OutOfSpace or Unavailable; then one of them is not, and will not be.
         """
-        for name in tuple(self._unsynced):
+        for name in tuple(self._unsynced if names is None else self._unsynced.intersection(names)):
             with self._lock:
                 if (file := self._held.get(name)) is None:
                     file = self._held[name] = HeldFile(self.disk, self.directory / name, born=0)
             error = self._settling(file).result()
             # A missing one was discarded, or reading tells.
             if error is not None and error.errno != errno.ENOENT:
+                self._lost[name] = file  # which knows it, also when all others let it go
                 raise refused(error, "cannot sync the payloads") from error
             self._unsynced.discard(name)
 
@@ -172,7 +179,7 @@ class PayloadFiles:
         next start.
         """
         for name in names:
-            self._unsynced.discard(name)
+            self._forget(name)
             if (file := self._held.get(name)) is not None:
                 file.doom()
             else:
@@ -180,12 +187,16 @@ class PayloadFiles:
 
     def abandon(self, file: HeldFile) -> None:
         """Unlink a file that no row names, after its sync; does not wait for that."""
-        self._unsynced.discard(file.name)
+        self._forget(file.name)
         disk, path = self.disk, file.path
         if file.settled is None:
             unlink(disk, path)
         else:
             file.settled.add_done_callback(lambda _: unlink(disk, path))
+
+    def _forget(self, name: str) -> None:
+        self._unsynced.discard(name)
+        self._lost.pop(name, None)
 
     def sweep(self, referenced: Callable[[str], bool]) -> list[str]:
         """Remove the files that no committed row names, and return their names.
@@ -261,11 +272,11 @@ class FilePayload:
         return damaged(self.name, why)
 
     def _hold(self) -> int:
-        """Return the descriptor; release is due even if this raises Damaged."""
+        """Return the descriptor; release is due even if this raises."""
         try:
             return self.file.hold()
         except OSError as exc:
-            raise self._damaged(f"cannot be read: {exc.strerror}") from exc
+            raise unreadable(self.name, exc) from exc
 
     def _pread(self, nbytes: int, at: int) -> bytes:
         try:
@@ -274,7 +285,7 @@ class FilePayload:
             finally:
                 self.file.release()
         except OSError as exc:
-            raise self._damaged(f"cannot be read at byte {at}: {exc.strerror}") from exc
+            raise unreadable(self.name, exc, f" at byte {at}") from exc
 
 
 class FileWriter(BufferedWriter):
@@ -329,6 +340,15 @@ class FileWriter(BufferedWriter):
 def damaged(name: str, why: str) -> Damaged:
     """Return what a reader is told; ``file`` is the name for a program."""
     return Damaged(f"payload file {name} {why}", file=name)
+
+
+def unreadable(name: str, error: OSError, where: str = "") -> OptserveError:
+    """Return what a reader is told when the medium does not answer: with too many open files, or a
+    folder that may not be entered, nothing is lost."""
+    what = f"cannot be read{where}: {error.strerror}"
+    if error.errno in DAMAGE:
+        return damaged(name, what)
+    return Unavailable(f"payload file {name} {what}")
 
 
 def refused(error: OSError, what: str) -> OptserveError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -98,6 +99,9 @@ class Postgresql(Database):
 
     def tidy(self) -> None:
         """Nothing to do: autovacuum does."""
+
+    def integrity(self) -> Iterator[str]:
+        return iter(())  # pg_amcheck, which needs rights that a server has not
 
     def boot(self) -> str:
         """Name the time since the server last lost its memory.

@@ -243,6 +243,11 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
         ),
     )
     .values(suspect=_YES),
+    "doubt": sa.update(sessions).where(_of(sessions)).values(suspect=_YES),
+    # At close.
+    "all_clean": sa.update(sessions)
+    .where(sessions.c.durability != sa.literal_column("'memory'"), sessions.c.suspect == _NO)
+    .values(dirty=_NULL),
     "dirty": sa.select(sessions.c.tenant, sessions.c.session).where(
         sessions.c.dirty.is_not(None), sessions.c.suspect == _NO
     ),

@@ -78,19 +78,25 @@ class SqlStore:
             return
         with self._database.reading() as now:
             named = set(now.column(sql["all_files"]))
-            for key in self._writing.dirty:
-                self._settle_files(self._files, now.rows(sql["files"], of(key)))
+            unsynced = {key: now.rows(sql["files"], of(key)) for key in self._writing.dirty}
+        for key, rows in unsynced.items():
+            if not self._settle(self._files, rows):
+                with self._database.transaction() as tx:
+                    tx.run(sql["doubt"], of(key))
         self._files.sweep(named.__contains__)
 
     @staticmethod
-    def _settle_files(files: PayloadFiles, rows: list[Row]) -> None:
-        """Sync what a server that was killed has left to the system."""
-        for row in rows:
-            with suppress(Damaged):  # reading tells
-                payload = files.open(
-                    row["payload_file"], row["payload_bytes"], bytes(row["payload_digest"])
-                )
-                files.settle(payload)
+    def _settle(files: PayloadFiles, rows: list[Row]) -> bool:
+        """Sync what a server that was killed has left to the system; return whether it is safe."""
+        try:
+            for row in rows:
+                with suppress(Damaged):  # reading tells
+                    digest = bytes(row["payload_digest"])
+                    payload = files.open(row["payload_file"], row["payload_bytes"], digest)
+                    files.settle(payload)
+        except OptserveError:
+            return False
+        return True
 
     def close(self) -> None:
         if self._closed:
@@ -108,10 +114,14 @@ class SqlStore:
             self._files.flush()
         self._database.settle()
         with self._database.transaction() as tx:
-            for key in self._writing.dirty:
-                tx.run(self._database.sql["clear_dirty"], of(key))
+            tx.run(self._database.sql["all_clean"])
             opened = {"release": RELEASE, "boot": self._boot, "clean": 1}
             tx.run(self._database.sql["opened"], opened)
+
+    def integrity(self) -> Iterator[str]:
+        """Yield a sentence for each fault that the database finds in itself."""
+        self._check_open()
+        return self._database.integrity()
 
     def _check_open(self) -> None:
         if self._closed:

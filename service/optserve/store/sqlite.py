@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ class Sqlite(Database):
         [free] = driver.execute("PRAGMA freelist_count").fetchone()
         if free > FREE_PAGES:
             driver.execute(f"PRAGMA incremental_vacuum({min(free - FREE_PAGES, TIDY_PAGES)})")
+
+    def integrity(self) -> Iterator[str]:
+        with self.reading() as now:
+            for said in now.column("PRAGMA integrity_check"):
+                if said != "ok":
+                    yield f"{self.where}: {said}"
 
     def boot(self) -> str:
         return machine_boot()

@@ -143,6 +143,11 @@ class Writing:
                 f"the events since {tail.base}, whose durability is 'memory', need a snapshot first"
             )
         dirty = self._dirty_with(key, durability, after)
+        if durability == "always" and dirty is not None:
+            return Unavailable(
+                f"event {row.event.lsn} of session {key.session!r} has durability 'always': "
+                "payloads of 'os' events before it cannot be synced"
+            )
         if tx.run(self._sql["advance"], self._moved(row, durability, dirty)) != 1:
             return self._why_not(tx, row.event)
         return None
@@ -160,7 +165,7 @@ class Writing:
             return None
         if self._placing.files is not None:
             try:
-                self._placing.files.flush()
+                self._placing.files.flush(self._files_of(tx, key))
             except OptserveError:
                 return self._boot
         after.calls.append(lambda: self.dirty.discard(key))
@@ -230,6 +235,18 @@ class Writing:
             about = next((row.about for row in reversed(rows) if row.about is not None), None)
             moved = self._moved(rows[-1], "memory", None) | {"about": about}
             tx.run(self._sql["moved_to"], moved)
+
+    def reconcile(self, tx: Connection, key: Key) -> None:
+        """Bring the tail of a session in line with the tables, whatever became of a commit."""
+        tail, session = self._tails.get(key), self.session(tx, key)
+        if tail is None:
+            return
+        # Only a commit that left nothing to this process alone takes the mark away.
+        if session is None or session["dirty"] is None:
+            self._tails.drop(key)
+            return
+        tail.owner_epoch = session["owner_epoch"]
+        self._shorten(key, tail, session["last_lsn"])
 
     # --- owners ---
 

@@ -1,0 +1,1 @@
+"""Measurements of the whole service; see scripts/bench."""
