@@ -14,8 +14,8 @@ PATH = Path(__file__).with_name("RESULTS.md")
 HEAD = """\
 # Results
 
-What `scripts/bench` measured, one section for each benchmark. A run replaces its own section; nothing
-here is written by hand. Compare figures of one section, not across machines.
+What `scripts/bench` measured, one section for each benchmark. A run replaces its own section;
+nothing here is written by hand. Compare figures of one section, not across machines.
 """
 
 

@@ -1,4 +1,4 @@
-"""Lives of the store under watch: run the scenario, kill it or let its calls fail, judge the rest."""
+"""Lives of the store under watch: run the scenario, kill it or fail its calls, judge the rest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from tests.zygote import Zygote
 LIFE_S = 60.0
 #: The session of the scenario that goes back to its snapshots, and requests without a number.
 FORGETFUL = "forgetful"
+#: Those whose answers do not wait for a sync.
+UNSYNCED = (FORGETFUL, "quick", "wide")
 UNNUMBERED = ("snapshot", "delete")
 Message = dict[str, Any]
 States = dict[str, str | None]
@@ -52,23 +54,27 @@ def live(
     zygote: Zygote,
     directory: Path,
     first: int = 0,
-    decide: Callable[[int, Call], None | int | str] = lambda number, call: None,
+    decide: Callable[[int, Call], int | str | None] = lambda number, call: None,
+    script: str = "life",
+    heard: Callable[[Message], None] = lambda message: None,
 ) -> Life:
     """Run the scenario from request ``first`` on; ``decide`` is asked for each call, from 1."""
     life = Life()
 
-    def asked(call: Call) -> None | int | str:
+    def asked(call: Call) -> int | str | None:
         life.calls.append(call)
         life.log.append(call)
         verdict = decide(len(life.calls), call)
         life.killed |= verdict == "kill"
         return verdict
 
-    channel = zygote.fork(json.dumps({"directory": str(directory), "first": first}))
+    channel = zygote.fork(
+        json.dumps({"directory": str(directory), "first": first, "script": script})
+    )
     with channel:
         watched = Watched(channel, directory)
         try:
-            _listen(channel, watched, asked, life)
+            _listen(channel, watched, asked, life, heard)
         finally:
             watched.kill()
             watched.wait(10)
@@ -77,7 +83,13 @@ def live(
     return life
 
 
-def _listen(channel: socket.socket, watched: Watched, asked: Decide, life: Life) -> None:
+def _listen(
+    channel: socket.socket,
+    watched: Watched,
+    asked: Decide,
+    life: Life,
+    heard: Callable[[Message], None],
+) -> None:
     poll = select.poll()
     for source in (channel.fileno(), watched.listener):
         poll.register(source, select.POLLIN)
@@ -92,6 +104,7 @@ def _listen(channel: socket.socket, watched: Watched, asked: Decide, life: Life)
             for line in lines:
                 life.messages.append(json.loads(line))
                 life.log.append(life.messages[-1])
+                heard(life.messages[-1])
             if not piece:
                 return
         if ready.get(watched.listener, 0) & select.POLLIN:
@@ -100,9 +113,9 @@ def _listen(channel: socket.socket, watched: Watched, asked: Decide, life: Life)
             poll.unregister(watched.listener)  # its last thread is gone
 
 
-def reference(zygote: Zygote, directory: Path) -> Reference:
+def reference(zygote: Zygote, directory: Path, script: str = "life") -> Reference:
     """Live without being disturbed."""
-    life = live(zygote, directory)
+    life = live(zygote, directory, script=script)
     made = Reference(life)
     made.judge_end(life)
     assert_no_orphans(directory)

@@ -370,6 +370,11 @@ class Tree:
         self.nodes.append(node)
         return node
 
+    @property
+    def steps(self) -> int:
+        """How many gradients were acknowledged."""
+        return sum(isinstance(node.change, (Step, Evaluate)) for node in self.nodes)
+
     def check(self) -> int:
         """Make the whole training with torch, compare every export; return how many there were.
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -77,8 +77,17 @@ class Cluster:
     def crash(self) -> None:
         """Kill the whole server, as a power loss of its process would."""
         assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        self._process.kill()
         self._process.wait()
+        for child in children:  # each has a group of its own, and the memory is theirs too
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        end = time.monotonic() + START_LIMIT_S
+        while any(_runs(child) for child in children):
+            assert time.monotonic() < end, "PostgreSQL does not die"
+            time.sleep(0.01)
 
     def kill_connections(self, database: str) -> None:
         """End all connections to a database, as an operator or a network may."""
@@ -152,6 +161,13 @@ class Cluster:
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _unprivileged() -> str | None:

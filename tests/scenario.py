@@ -34,6 +34,8 @@ from tests import local, syscalls
 #: 90 kB: payloads of this session are files.
 BIG = {"w": (150, 150), "b": (150,)}
 SMALL = {"w": (5, 7), "b": (7,), "s": ()}
+#: 40 kB: as large as payloads in the database come.
+WIDE = {"w": (100, 100)}
 #: How often a request that met an injected error is sent again.
 TRIES = 20
 #: The session whose events stay in memory, so that it goes back to its snapshot.
@@ -41,7 +43,8 @@ FORGETFUL = "forgetful"
 
 
 def _arrays(seed: int, session: str) -> local.Arrays:
-    return local.arrays(seed, BIG if session in ("big", "copy", "gone") else SMALL)
+    shapes = {"big": BIG, "copy": BIG, "gone": BIG, "wide": WIDE}
+    return local.arrays(seed, shapes.get(session, SMALL))
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,20 @@ def script() -> list[Request]:
     return s.requests
 
 
-REQUESTS = script()
+def unsynced() -> list[Request]:
+    """So many unsynced commits that the database copies its log, and then a synced one."""
+    s = Script()
+    s.create("small", {"optimizer": {"name": "SGD"}})
+    s.create("wide", {"optimizer": {"name": "SGD"}, "durability": "os"})
+    for _ in range(120):
+        s.step("wide")
+    s.step("small")
+    s.step("wide")
+    s.step("small")
+    return s.requests
+
+
+SCRIPTS = {"life": script, "unsynced": unsynced}
 
 
 # --- what a session is -------------------------------------------------------------------------
@@ -218,31 +234,34 @@ def digest(made: Registry, session: str) -> str | None:
     return seen.hexdigest()
 
 
-def digests(made: Registry) -> dict[str, str | None]:
-    return {name: digest(made, name) for name in sorted({r.session for r in REQUESTS})}
+def digests(made: Registry, requests: list[Request]) -> dict[str, str | None]:
+    return {name: digest(made, name) for name in sorted({r.session for r in requests})}
 
 
 # --- one life ----------------------------------------------------------------------------------
 
 
-def live(directory: Path, first: int, tell: Callable[[dict[str, Any]], None]) -> None:
+Tell = Callable[[dict[str, Any]], None]
+
+
+def live(requests: list[Request], directory: Path, first: int, tell: Tell) -> None:
     """Open the store, send the requests from ``first`` on, close it."""
     made = _patiently("open", tell, lambda: _open(directory))
     try:
         if first:
-            tell({"found": digests(made)})
-            _remember(made, first)
-        for index in range(first, len(REQUESTS)):
-            _request(made, index, tell)
-        tell({"final": digests(made)})
+            tell({"found": digests(made, requests)})
+            _remember(made, requests[:first])
+        for index in range(first, len(requests)):
+            _request(made, requests[index], index, tell)
+        tell({"final": digests(made, requests)})
     finally:
         made.close()
     tell({"closed": True})
 
 
-def _remember(made: Registry, first: int) -> None:
+def _remember(made: Registry, answered: list[Request]) -> None:
     """Bring the session that went back to its snapshot to where it was: its client starts over."""
-    for request in reversed(REQUESTS[:first]):
+    for request in reversed(answered):
         if request.session == FORGETFUL and request.what.startswith("updates"):
             request.send(made)
             return
@@ -257,9 +276,7 @@ def _open(directory: Path) -> Registry:
         raise
 
 
-def _request(made: Registry, index: int, tell: Callable[[dict[str, Any]], None]) -> None:
-    request = REQUESTS[index]
-
+def _request(made: Registry, request: Request, index: int, tell: Tell) -> None:
     def refused() -> None:
         try:
             tell({"read": index, "digest": digest(made, request.session)})
@@ -283,7 +300,7 @@ def _request(made: Registry, index: int, tell: Callable[[dict[str, Any]], None])
 
 def _patiently(
     what: str,
-    tell: Callable[[dict[str, Any]], None],
+    tell: Tell,
     send: Callable[[], Any],
     refused: Callable[[], None] = lambda: None,
 ) -> Any:
@@ -312,7 +329,7 @@ def warm() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     directory = Path(tempfile.mkdtemp(prefix="optserve-warm-"))
     try:
-        live(directory, 0, lambda message: None)
+        live(script(), directory, 0, lambda message: None)
     finally:
         shutil.rmtree(directory)
     assert threading.active_count() == 1, threading.enumerate()
@@ -326,4 +343,4 @@ def main(channel: socket.socket, text: str) -> None:
     def tell(message: dict[str, Any]) -> None:
         channel.sendall(json.dumps(message).encode() + b"\n")
 
-    live(Path(order["directory"]), order["first"], tell)
+    live(SCRIPTS[order["script"]](), Path(order["directory"]), order["first"], tell)

@@ -1,12 +1,13 @@
 """Sees the system calls with which a process changes files, and can let any of them fail.
 
 The kernel asks us before each call of every thread (seccomp's user notification), so calls have one
-order over all threads, and the k-th is the same one whoever makes it. ``strace -e inject=...:when=k``
-counts per thread, and stops the process at every other call too.
+order over all threads, and the k-th is the same one whoever makes it. strace's ``inject`` counts
+per thread, and stops the process at every other call too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -126,7 +127,7 @@ class Call:
 
 
 #: Returns None to let a call happen, "kill" to end the process instead, or an errno to answer.
-Decide = Callable[[Call], None | int | str]
+Decide = Callable[[Call], int | str | None]
 
 
 class Watched:
@@ -170,10 +171,8 @@ class Watched:
 
     def kill(self) -> None:
         """SIGKILL the process."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def wait(self, timeout_s: float) -> None:
         """Return when the process and all it held are gone."""

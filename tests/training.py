@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -287,9 +287,6 @@ class Owned:
             return None
 
     def _gone(self, refusal: errors.Invalid) -> None:
-        if "is not pinned" in refusal.detail:
-            print("XXX", refusal.detail)
-            return
         ahead = self._lossy and "version must be in" in refusal.detail  # it went back meanwhile
         if not ahead and "cannot be reached any more" not in refusal.detail:
             raise refusal
@@ -497,3 +494,36 @@ class Trainer(threading.Thread):
         result = self.again(lambda: self.client.session(name).step(grads, returns="none"))
         assert result.applied_version is not None
         self.shared_steps.append((result.applied_version, seed))
+
+
+#: What several clients step, each with its own numbers.
+SHARED = Spec(name="shared", body={"optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9}})
+
+
+def share(trainers: Sequence[Trainer], durability: Durability | None = None) -> None:
+    """Create a session that these trainers step beside their own."""
+    fields = dict(SHARED.body)
+    optimizer, params = fields.pop("optimizer"), oracle.tensors(0, SHARED.shapes)
+    client = trainers[0].client
+    client.create(optimizer, params, id=SHARED.name, durability=durability, **fields)
+    for trainer in trainers:
+        trainer.shared = (SHARED.name, SHARED)
+
+
+def stories(trainers: Sequence[Trainer], client: Client) -> dict[str, Story]:
+    """Return the story of each session that is left, by its id."""
+    found = {one.session.id: one.story for trainer in trainers for one in trainer.owned}
+    if any(trainer.shared for trainer in trainers):
+        impl = client.session(SHARED.name).status()["impl"]
+        found[SHARED.name] = _shared_story(trainers, impl)
+    return found
+
+
+def _shared_story(trainers: Sequence[Trainer], impl: str) -> Story:
+    """Put what the clients stepped in the order that the replies gave."""
+    steps = sorted(pair for trainer in trainers for pair in trainer.shared_steps)
+    assert [version for version, _ in steps] == list(range(1, len(steps) + 1))
+    story = Story(Tree(SHARED.body, oracle.tensors(0, SHARED.shapes), impl))
+    for _, seed in steps:
+        story.note(oracle.Step(seed), moves=True, updates=1)
+    return story

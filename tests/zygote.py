@@ -1,7 +1,7 @@
 """A process that has imported and warmed up everything, and forks a child in some milliseconds.
 
-``python -m tests.zygote MODULE`` imports MODULE, calls its ``warm()``, and then forks a child for each
-request. The child runs ``MODULE.main(channel, text)``. Nothing in MODULE may leave a thread behind.
+``python -m tests.zygote MODULE`` imports MODULE, calls its ``warm()``, which may leave no thread
+behind, and then forks a child for each request. The child runs ``MODULE.main(channel, text)``.
 """
 
 from __future__ import annotations

@@ -184,6 +184,11 @@ class Lanes(Generic[L]):
         lane.generation = lane.generation or generation
         return session_id
 
+    def generation(self, session_id: str) -> str | None:
+        """Return the generation of the session that this client knows, if it knows one."""
+        known = self._lanes.get(session_id)
+        return known[0].generation if known else None
+
     def forget(self, session_id: str) -> None:
         self._lanes.pop(session_id, None)
 

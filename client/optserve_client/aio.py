@@ -330,7 +330,10 @@ class AsyncSession:
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> AsyncSession:
-        fields = _arguments.given(id=id, version=version, name=name, notes=notes, tags=tags)
+        generation = self._client._lanes.generation(self.id)
+        fields = _arguments.given(
+            id=id, version=version, generation=generation, name=name, notes=notes, tags=tags
+        )
         reply = await self._client._run(_calls.fork(self.id, fields))
         return AsyncSession(self._client, self._client._lanes.opened(reply), reply)
 

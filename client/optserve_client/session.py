@@ -167,7 +167,10 @@ class Session:
         tags: Mapping[str, str] | None = None,
     ) -> Session:
         """Return a copy of the session under a new id, which goes its own way from here."""
-        fields = _arguments.given(id=id, version=version, name=name, notes=notes, tags=tags)
+        generation = self._client._lanes.generation(self.id)
+        fields = _arguments.given(
+            id=id, version=version, generation=generation, name=name, notes=notes, tags=tags
+        )
         reply = self._client._run(_calls.fork(self.id, fields))
         return Session(self._client, self._client._lanes.opened(reply), reply)
 

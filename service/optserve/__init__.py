@@ -16,7 +16,8 @@ A worker posts gradients to ``/v1/sessions/{id}/step``:
 
 Imports point one way, ``api -> sessions -> {optim, store}``; all may use ``optserve_client.wire``
 (named arrays as bytes) and ``optserve_client.errors`` (the one error tree). ``settings.py`` says
-what can be set, ``cli.py`` reads the command line and ``server.py`` runs the process.
+what can be set, ``cli.py`` and ``commands/`` read the command line and ``server.py`` runs the
+process.
 """
 
 __version__ = "0.1.0"

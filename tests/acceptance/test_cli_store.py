@@ -1,4 +1,4 @@
-"""The program and what it keeps: where, for how long, for whom; and the commands that look at it."""
+"""The program and what it keeps, for how long and for whom; and the commands that look at it."""
 
 from __future__ import annotations
 
@@ -361,3 +361,27 @@ def test_fsck_shows_where_it_is_on_a_terminal_only(kept: Path) -> None:
     assert seen.rstrip().endswith(": clean")
     done = optserve("fsck", "--data-dir", kept)
     assert (done.returncode, done.stdout.count(b"\n"), done.stderr) == (0, 1, b"")
+
+
+# --- after a crash -------------------------------------------------------------------------------
+
+
+def test_looking_hides_no_loss(tmp_path: Path) -> None:
+    """A session that lost acknowledged steps says so, however often somebody looked before."""
+    with ServerProcess(data_dir=tmp_path) as server:
+        body = {**CREATE, "durability": "memory"}
+        made = httpx.put(f"{server.url}/v1/sessions/light", json=body).json()
+        assert step(server.url, "light")["applied"] is True
+        server.stop(signal.SIGKILL)
+    for _ in range(2):
+        done = optserve("fsck", "--data-dir", tmp_path)
+        assert done.returncode == 0, done
+        assert b"light: the last events before a crash may be gone" in done.stdout
+        shown = json.loads(optserve("sessions", "show", "light", "--data-dir", tmp_path).stdout)
+        assert (shown["version"], shown["suspect"]) == (0, True)
+        done = optserve("sessions", "export", "light", "-", "--data-dir", tmp_path)
+        assert done.returncode == 0, done.stderr
+    with ServerProcess(data_dir=tmp_path) as server:
+        found = httpx.get(f"{server.url}/v1/sessions/light").json()
+        assert found["version"] == 0
+        assert found["generation"] != made["generation"]

@@ -1,4 +1,4 @@
-"""A disk that is really full: 507 and nothing applied, reading goes on, and room is all it takes."""
+"""A disk that is really full: 507, nothing applied, reading goes on, and it resumes by itself."""
 
 from __future__ import annotations
 
@@ -92,26 +92,29 @@ def step_until_full(training: Training) -> errors.OutOfSpace:
 
 def test_a_full_disk_refuses_steps_until_there_is_room(disk: Path) -> None:
     ballast = Ballast(disk)
-    with ServerProcess(data_dir=disk / "data") as server:
-        with Client(server.url, retries=0) as hasty, Client(server.url) as patient:
-            large, small = Training(hasty, "large", "large"), Training(hasty, "small", "small")
-            waiting = Training(patient, "waiting", "large")
-            sessions = (large, small, waiting)
-            for one in sessions:
-                for _ in range(3):
-                    one.step()
-            ballast.fill(left_bytes=300_000)
-            refused = step_until_full(large)
-            assert (refused.status, refused.code) == (507, "out_of_space")
-            ballast.fill()
-            step_until_full(small)
-            check_reading_goes_on(sessions)
-            with pytest.raises(errors.OutOfSpace):
-                hasty.create(**_create(oracle.tensors(1, SHAPES["large"])), id="more")
-            step_as_soon_as_there_is_room(waiting, ballast)
-            for one in sessions:
+    with (
+        ServerProcess(data_dir=disk / "data") as server,
+        Client(server.url, retries=0) as hasty,
+        Client(server.url) as patient,
+    ):
+        large, small = Training(hasty, "large", "large"), Training(hasty, "small", "small")
+        waiting = Training(patient, "waiting", "large")
+        sessions = (large, small, waiting)
+        for one in sessions:
+            for _ in range(3):
                 one.step()
-                one.check()
+        ballast.fill(left_bytes=300_000)
+        refused = step_until_full(large)
+        assert (refused.status, refused.code) == (507, "out_of_space")
+        ballast.fill()
+        step_until_full(small)
+        check_reading_goes_on(sessions)
+        with pytest.raises(errors.OutOfSpace):
+            hasty.create(**_create(oracle.tensors(1, SHAPES["large"])), id="more")
+        step_as_soon_as_there_is_room(waiting, ballast)
+        for one in sessions:
+            one.step()
+            one.check()
     with ServerProcess(data_dir=disk / "data") as again, Client(again.url) as client:
         for one in sessions:
             one.session = client.session(one.session.id)

@@ -23,17 +23,18 @@ from optserve.store import Key, Store
 from optserve.store.base import Durability
 from optserve.store.opening import open_store
 from optserve_client import Client
-from tests import oracle
 from tests.conftest import Figure
 from tests.forked import Forkery
-from tests.oracle import Story, Tree
+from tests.oracle import Story
 from tests.postgres import shared_cluster
 from tests.serving import ServerProcess, free_port
-from tests.training import SPECS, Spec, Trainer
+from tests.training import SPECS, Spec, Trainer, share, stories
+
+# The long form takes half an hour.
+pytestmark = pytest.mark.timeout(3 * 3600)
 
 CLIENTS = 8
-MEAN_LIFE_S = 0.3
-SHARED = Spec(name="shared", body={"optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9}})
+MEAN_LIFE_S = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -97,42 +98,15 @@ def train(url: str, specs: Sequence[Spec], durability: Durability | None) -> lis
     ]
 
 
-def share(trainers: list[Trainer], durability: Durability | None) -> None:
-    """Create a session that these clients step beside their own."""
-    fields = dict(SHARED.body)
-    optimizer, params = fields.pop("optimizer"), oracle.tensors(0, SHARED.shapes)
-    trainers[0].client.create(optimizer, params, id=SHARED.name, durability=durability)
-    for trainer in trainers:
-        trainer.shared = (SHARED.name, SHARED)
-
-
 def survive(place: Place, trainers: list[Trainer], kills: int) -> None:
     """Let them train while one server after the other is killed; the last one stays."""
     for trainer in trainers:
         trainer.start()
     for i in range(kills):
-        place.kill_one(executed=i % 25 == 12)
+        place.kill_one(executed=i % 33 == 16)
         for trainer in trainers:
             if trainer.failure is not None:
                 raise trainer.failure
-
-
-def shared_story(trainers: list[Trainer], impl: str) -> Story:
-    """Return what several clients stepped, in the order that the replies gave."""
-    steps = sorted(pair for trainer in trainers for pair in trainer.shared_steps)
-    assert [version for version, _ in steps] == list(range(1, len(steps) + 1))
-    story = Story(Tree(SHARED.body, oracle.tensors(0, SHARED.shapes), impl))
-    for _, seed in steps:
-        story.note(oracle.Step(seed), moves=True, updates=1)
-    return story
-
-
-def stories(trainers: list[Trainer], client: Client) -> dict[str, Story]:
-    found = {one.session.id: one.story for trainer in trainers for one in trainer.owned}
-    if any(trainer.shared for trainer in trainers):
-        impl = client.session(SHARED.name).status()["impl"]
-        found[SHARED.name] = shared_story(trainers, impl)
-    return found
 
 
 def look(client: Client, found: Mapping[str, Story]) -> None:
@@ -206,7 +180,6 @@ def database(request: pytest.FixtureRequest) -> Iterator[tuple[str, str | None]]
         yield request.param, cluster.url(name)
 
 
-@pytest.mark.timeout(3 * 3600)
 def test_nothing_is_lost_or_applied_twice(
     database: tuple[str, str | None],
     forkery: Forkery,

@@ -1,4 +1,4 @@
-"""kill -9 at every system call that changes a file: nothing acknowledged is lost or applied twice."""
+"""kill -9 at every system call that changes a file: nothing is lost and nothing applied twice."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def test_the_others_work_beside_a_damaged_one(
 ) -> None:
     client, _ = damaged
     assert bytes(client.session(name).export_state()) == recovered.before[name]["state"]
-    assert name in {row["id"] for row in client.list().items}
+    assert name in {row["id"] for row in client.list().sessions}
 
 
 def test_a_damaged_snapshot_is_passed_over_for_the_older_one(
@@ -266,7 +266,7 @@ def test_a_replay_on_another_machine_says_so(recovered: Past) -> None:
         assert fresh.status()["recovery"] == {"bit_exact": True, "reason": None}
 
 
-# --- a directory that a release wrote --------------------------------------------------------------
+# --- a directory that a release wrote ------------------------------------------------------------
 
 FORMATS = sorted(
     path for path in DATA.iterdir() if path.is_dir() and path.name.startswith("format")
@@ -283,7 +283,7 @@ def test_a_directory_of_that_format_opens_and_has_its_numbers(kept: Path, tmp_pa
         ServerProcess(*known["flags"], data_dir=directory) as server,
         Client(server.url) as client,
     ):
-        assert {row["id"] for row in client.list().items} == set(known["sessions"])
+        assert {row["id"] for row in client.list().sessions} == set(known["sessions"])
         for name, want in known["sessions"].items():
             session = client.session(name)
             status = session.status()
@@ -296,7 +296,8 @@ def test_a_directory_of_that_format_opens_and_has_its_numbers(kept: Path, tmp_pa
                 assert found == want["tensors"], f"{name} says that it is bit-exact"
             else:
                 assert status["recovery"]["reason"]
-        make_format.train(client, 8, 1)
+        make_format.train(client, 5, 1)
+        client.session("sparse").step({"rows": make_format.rows(2)})
 
 
 def test_the_format_of_this_release_is_kept() -> None:

@@ -51,7 +51,7 @@ class Restarting:
         return thread
 
     def close(self) -> None:
-        self.server.stop()
+        self.server.stop(signal.SIGKILL)
         self.server.close()
 
 

@@ -219,7 +219,7 @@ def test_every_damaged_event_has_its_line(folder: Path) -> None:
 
 def test_json_has_the_same_for_programs(folder: Path) -> None:
     path = payload_of(folder, 5)
-    flip(path)
+    path.unlink()
     done = fsck(folder, "--json")
     assert done.exit_code == 1
     said = json.loads(done.stdout)
@@ -229,6 +229,23 @@ def test_json_has_the_same_for_programs(folder: Path) -> None:
     said = json.loads(fsck(folder, "--json", "--salvage", "all").stdout)
     [salvaged] = said["salvaged"]
     assert (salvaged["version"], salvaged["lost_versions"]) == (3, [4, 6])
+
+
+def test_what_the_database_finds_in_itself_is_told(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "optserve.db")) as database:
+        database.execute("PRAGMA writable_schema=ON")
+        database.execute(
+            "UPDATE sqlite_master SET sql = replace(sql, 'loss DOUBLE', 'loss DOUBLE NOT NULL') "
+            "WHERE name = 'events'"
+        )
+        database.commit()
+    done = fsck(folder)
+    assert done.exit_code == 1, done.output
+    line = done.stdout.splitlines()[0]
+    assert line.startswith(
+        f"{folder}: the database {folder}/optserve.db: NULL value in events.loss"
+    )
+    assert line.endswith("or go back to a backup")
 
 
 # --- snapshots -----------------------------------------------------------------------------------

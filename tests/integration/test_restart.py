@@ -78,7 +78,9 @@ def test_a_session_comes_back_bit_for_bit_and_goes_on(
             session = made.get("default", "a")
             if path == copy:
                 assert session.row.about == row.about
-                assert session.summary() == made.page("default", tags={"team": "red"})["sessions"][0]
+                assert (
+                    session.summary() == made.page("default", tags={"team": "red"})["sessions"][0]
+                )
                 assert session.history(0, 100) == history
                 session.load().result(30)
                 assert exported(session) == before

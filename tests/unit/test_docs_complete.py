@@ -61,11 +61,14 @@ def test_every_setting_is_in_the_reference(name: str) -> None:
 
 
 def flags() -> Iterator[str]:
-    group = typing.cast("typing.Any", typer.main.get_command(program))
-    for name, command in group.commands.items():
-        for parameter in command.params:
-            for flag in parameter.opts:
-                yield f"optserve {name} {flag}"
+    yield from _flags("optserve", typer.main.get_command(program))
+
+
+def _flags(name: str, command: typing.Any) -> Iterator[str]:
+    for below, inner in getattr(command, "commands", {}).items():
+        yield from _flags(f"{name} {below}", inner)
+    for parameter in command.params:
+        yield from (f"{name} {flag}" for flag in parameter.opts if flag.startswith("-"))
 
 
 @pytest.mark.parametrize("flag", list(flags()))

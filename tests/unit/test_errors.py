@@ -68,7 +68,7 @@ def test_a_refusal_has_a_status_below_500_and_a_failure_one_above(
         (500, errors.ServerError),
         (502, errors.ServerError),
         (503, errors.Unavailable),
-        (507, errors.ServerError),
+        (507, errors.OutOfSpace),
     ],
 )
 def test_an_unknown_code_becomes_an_error_of_its_status(

@@ -183,13 +183,17 @@ def test_os_is_written_but_not_synced_until_the_flush(files: PayloadFiles, disk:
 
 def test_a_flush_that_failed_fails_again(files: PayloadFiles, faults: Faults) -> None:
     payload = written(files, bytes_of(LARGE), "os")
+    name = payload.name
     faults.due["datasync", 1] = errno.EIO
+    del payload
     for _ in range(2):
         with pytest.raises(Unavailable, match=r"^cannot sync the payloads: Input/output error$"):
-            files.flush()
+            files.flush([name])
+    files.flush(["others"])
     assert faults.counts["datasync"] == 1
-    files.remove([payload.name])
+    files.remove([name])
     files.flush()
+    assert files.disk.names(WHERE) == []
 
 
 def test_large_payloads_move_to_the_medium_while_they_are_written(
@@ -374,6 +378,17 @@ def test_an_unreadable_file_is_damaged(files: PayloadFiles, faults: Faults) -> N
     faults.due["pread", 1] = errno.EIO
     with pytest.raises(Damaged, match=rf"^payload file {payload.name} cannot be read at byte 0:"):
         payload.read()
+
+
+def test_what_cannot_be_opened_now_is_not_called_damaged(
+    files: PayloadFiles, faults: Faults
+) -> None:
+    payload = written(files, bytes_of(LARGE))
+    files.settle(payload)
+    faults.due["open", 1] = errno.EMFILE
+    with pytest.raises(Unavailable, match=rf"^payload file {payload.name} cannot be read: Too"):
+        payload.read()
+    assert payload.read() == bytes_of(LARGE)
 
 
 def test_a_wrong_write_is_found_by_verify(files: PayloadFiles, faults: Faults) -> None:

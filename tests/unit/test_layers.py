@@ -23,6 +23,8 @@ MAY = {
     "optserve.sessions": SHARED | {"optserve.optim", "optserve.store"},
     "optserve.optim": SHARED,
     "optserve.store": SHARED,
+    # Puts the others together, as cli.py and server.py do.
+    "optserve.commands": {"optserve", "optserve_client"},
 }
 #: Foreign packages that only one layer may import.
 ONLY = {

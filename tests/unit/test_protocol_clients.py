@@ -438,6 +438,39 @@ def test_a_rewound_session_is_not_changed_until_resume_by_either_client() -> Non
     assert len(one.requests) == len(other.requests) == 2
 
 
+BEGINNINGS: list[Callable[[Any], Any]] = [
+    lambda c: c.create("SGD", {"w": np.ones(1)}, lr=1),
+    lambda c: c.session("s").fork(),
+    lambda c: c.import_session(b"frame"),
+]
+
+
+@pytest.mark.parametrize("begin", BEGINNINGS, ids=["create", "fork", "import"])
+def test_a_session_whose_first_answer_was_lost_is_begun_once(begin: Callable[[Any], Any]) -> None:
+    again = {"id": "s", "generation": "g", "created": False, "duplicate": True}
+
+    def outcomes() -> list[Any]:
+        busy = httpx.Response(503, json=errors.Unavailable().problem())
+        lost = [httpx.ReadError("reset"), httpx.ConnectError("refused")]
+        return [*lost, busy, httpx.Response(200, json=again)]
+
+    one, other = Wire(*outcomes()), Wire(*outcomes())
+    with client(one, retries=Retry(first_s=0, longest_s=0)) as c:
+        assert begin(c).created
+
+    async def run() -> None:
+        transport = httpx.MockTransport(other)
+        patient = Retry(first_s=0, longest_s=0)
+        async with AsyncClient("http://test", transport=transport, retries=patient) as c:
+            assert (await begin(c)).created
+
+    asyncio.run(run())
+    for net in (one, other):
+        assert len(net.requests) == 4
+        assert len({(r.method, r.url, r.content) for r in net.requests}) == 1
+        assert len({r.headers["idempotency-key"] for r in net.requests}) == 1
+
+
 def test_sessions_are_numbered_apart_and_handles_of_one_session_together() -> None:
     net = Wire(*(httpx.Response(200, json={}) for _ in range(3)))
     with client(net) as c:

@@ -13,6 +13,7 @@ from optserve.commands.opened import opened
 from optserve.commands.options import fail, flag, read_settings
 from optserve.commands.progress import Progress
 from optserve.settings import StoreSettings
+from optserve_client.errors import OptserveError
 
 if TYPE_CHECKING:
     from optserve.sessions.salvage import Plan
@@ -80,7 +81,10 @@ def fsck(
     places = {"data_dir": data_dir, "store": store, "files": files}
     settings = read_settings(StoreSettings, places)
     with opened(settings, CANNOT_OPEN) as kept:
-        report = _Run(kept, settings.place, as_json).check(salvage or [])
+        try:
+            report = _Run(kept, settings.place, as_json).check(salvage or [])
+        except OptserveError as exc:  # not one session, but all
+            fail(exc.detail, CANNOT_OPEN, exc)
     if as_json:
         typer.echo(json.dumps({**asdict(report), "summary": report.summary}, indent=2))
     else:

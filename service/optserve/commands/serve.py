@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -57,7 +58,11 @@ def serve(
     if (sentence := contradiction(settings, given)) is not None:
         say(sentence)
         raise typer.Exit(2)
-    raise typer.Exit(_serve(settings))
+    status = _serve(settings)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed. Python would take seconds more to take torch's modules apart.
+    os._exit(status)
 
 
 def _serve(settings: Settings) -> int:

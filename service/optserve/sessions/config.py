@@ -101,6 +101,8 @@ class ForkFields(Description):
 
     id: str | None = None
     version: Annotated[int, Field(ge=0)] | None = None
+    #: The source must still be of this generation.
+    generation: str | None = None
 
 
 def layout_of(params: Mapping[str, wire.Tensor]) -> Layout:

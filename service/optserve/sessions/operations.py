@@ -125,9 +125,7 @@ class Patch:
 
 def hardens(operation: Operation) -> bool:
     """Say whether a session that keeps its events in memory will no longer after this."""
-    return (
-        isinstance(operation, Patch) and operation.config.get("durability", "memory") != "memory"
-    )
+    return isinstance(operation, Patch) and operation.config.get("durability", "memory") != "memory"
 
 
 @dataclass(frozen=True, kw_only=True)

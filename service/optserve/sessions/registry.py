@@ -7,19 +7,19 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from optserve.optim import devices
 from optserve.sessions import config as configs
-from optserve.sessions import creation, describe
+from optserve.sessions import creation
 from optserve.sessions.creation import Seed
 from optserve.sessions.holding import Home
 from optserve.sessions.housekeeping import Expiry
 from optserve.sessions.ledger import Identity, Ledger
 from optserve.sessions.listing import page
+from optserve.sessions.made import Made, answer, check_origin
 from optserve.sessions.operations import Import
 from optserve.sessions.reply import Reply
 from optserve.sessions.residency import Residents
@@ -38,39 +38,6 @@ _NOBODY = Key("", "")
 SNAPSHOTS_S = 5.0
 #: Create bodies of one-call steps that are known to be equal to a session's, per session.
 _REMEMBERED_BODIES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A session that a request created, or found as it wanted it."""
-
-    session: Session
-    created: bool = False
-    duplicate: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    #: What the request wanted, where the session was found.
-    origin: Mapping[str, Any] | None = None
-
-
-def _check_origin(session: Session, have: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
-    if have != origin:
-        raise SessionExists(
-            f"session {session.id!r} exists with another configuration"
-            + configs.difference(have, origin),
-            version=session.version,
-        )
-
-
-def _answer(made: Made) -> Future[Reply]:
-    """Answer with the session's status, read in its own turn."""
-    told = {"created": made.created, "duplicate": made.duplicate, **made.extra}
-
-    def job(state: SessionState) -> Reply:
-        if made.origin is not None:
-            _check_origin(made.session, state.origin, made.origin)
-        return Reply(scalars={**describe.status(made.session.row, state), **told})
-
-    return made.session.run(job)
 
 
 class Registry:
@@ -202,7 +169,7 @@ class Registry:
             return creation.from_params(body, params, order, self.device, self.store.promise)
 
         made = self._turn.run(lambda: self._create(tenant, session_id, make, identity, exist_ok))
-        return chain(made, _answer)
+        return chain(made, answer)
 
     def _create(
         self,
@@ -248,9 +215,15 @@ class Registry:
 
     def _repeat(self, key: Key) -> Made:
         """Answer a creation again; a fork's says whose it is."""
-        [event] = self.store.events(key, upto_lsn=1, payloads=False)
-        said = {k: event.record[k] for k in ("forked_from",) if k in event.record}
+        first = next(iter(self.store.events(key, upto_lsn=1, payloads=False)), None)
+        record = first.record if first is not None else {}
+        said = {name: record[name] for name in ("forked_from",) if name in record}
         return Made(self.get(*key), duplicate=True, extra=said)
+
+    def _again(self, tenant: str, identity: Identity, otherwise: SessionNotFound) -> Made:
+        if (known := self._known_key(tenant, identity)) is None:
+            raise otherwise
+        return self._repeat(Key(tenant, known))
 
     def _begin(self, key: Key, seed: Seed, identity: Identity) -> Session:
         """Commit the create event of a new session and keep it."""
@@ -287,26 +260,33 @@ class Registry:
         self, tenant: str, session_id: str, body: Mapping[str, Any], identity: Identity
     ) -> Future[Reply]:
         """Copy a session, now or at an earlier version, into a new one with its own generation."""
-        source = self.get(tenant, session_id)
         fields = configs.ForkFields.parse(body)
+        try:
+            source = self.get(tenant, session_id)
+        except SessionNotFound as exc:  # a repeat may come after the source was deleted
+            gone = exc
+            return chain(self._turn.run(lambda: self._again(tenant, identity, gone)), answer)
         if fields.id is not None:
             wire.check_id("session id", fields.id)
 
         def job(state: SessionState) -> Made:
             if (known := self._known_key(tenant, identity)) is not None:
                 return self._repeat(Key(tenant, known))
+            state.check_generation(fields.generation)
             key = Key(tenant, fields.id or f"s-{secrets.token_hex(8)}")
             if key in self._sessions:
                 raise SessionExists(f"session {key.session!r} exists")
             past = state
             if fields.version is not None:
                 past = source.state_at(fields.version, state)
-            given = fields.model_dump(include=fields.model_fields_set - {"id", "version"})
+            given = fields.model_dump(
+                include=fields.model_fields_set - {"id", "version", "generation"}
+            )
             seed = creation.from_session(session_id, past, given)
             made = self._begin(key, seed, identity)
             return Made(made, created=True, extra={"forked_from": seed.record["forked_from"]})
 
-        return chain(source.run(job), _answer)
+        return chain(source.run(job), answer)
 
     def import_session(
         self,
@@ -321,19 +301,29 @@ class Registry:
         """Replace a session by a state file, or create one from it."""
         wire.check_id("session id", session_id)
         key = Key(tenant, session_id)
-        if (session := self._sessions.get(key)) is not None:
+        session = self._sessions.get(key)
+        if session is not None and not self._was_made_by(key, identity):
             return session.change(Import(data=data), identity, if_match=if_match, abandon=abandon)
         if if_match is not None:
             raise SessionNotFound(f"no session {session_id!r}")
-        return chain(self._turn.run(lambda: self._import_new(key, data, identity)), _answer)
+        return chain(self._turn.run(lambda: self._import_new(key, data, identity)), answer)
 
     def _import_new(
         self, key: Key, data: bytes | bytearray | memoryview, identity: Identity
     ) -> Made:
+        if self._was_made_by(key, identity):
+            return self._repeat(key)
         if key in self._sessions:
             raise Conflict(f"session {key.session!r} was created meanwhile; send the import again")
         seed = creation.from_file(data, self.device, self.store.promise)
         return Made(self._begin(key, seed, identity), created=True)
+
+    def _was_made_by(self, key: Key, identity: Identity) -> bool:
+        """Say whether the session at ``key`` was created by a request with this identity."""
+        if identity.key is None or key not in self._sessions:
+            return False
+        known = self._created.setdefault(key.tenant, Ledger()).check(identity, time.time())
+        return known is not None and known.reply["id"] == key.session
 
     def check_same(self, session: Session, body: Mapping[str, Any]) -> None:
         """Raise SessionExists if these create fields would have made another session.
@@ -352,7 +342,7 @@ class Registry:
                 f"session {session.id!r} exists with another {field}", version=session.version
             )
         config = configs.normalise(fields, shape, self.device, self.store.promise)
-        _check_origin(session, session.origin, configs.origin(config, shape))
+        check_origin(session, session.origin, configs.origin(config, shape))
         if len(session.same) >= _REMEMBERED_BODIES:
             session.same.clear()
         session.same.add(text)

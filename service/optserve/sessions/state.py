@@ -143,6 +143,15 @@ class SessionState:
 
     # --- what must hold --------------------------------------------------------------------------
 
+    def check_generation(self, generation: str | None) -> None:
+        """Refuse what was meant for a session before it lost acknowledged history."""
+        if generation is not None and generation != self.generation:
+            raise SessionRewound(
+                f"generation {generation!r:.80} is over, the session's is {self.generation!r}",
+                generation=self.generation,
+                version=self.version,
+            )
+
     def check_match(self, if_match: str | None) -> None:
         """Refuse if ``If-Match`` names neither the current version nor ``*``."""
         if if_match is None or if_match.strip() == "*":

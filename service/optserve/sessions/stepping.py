@@ -14,7 +14,7 @@ from optserve.sessions.intake import Step
 from optserve.sessions.state import SessionState, monitored
 from optserve.sessions.step import Expected
 from optserve.store import Payload
-from optserve_client.errors import Conflict, Invalid, SessionRewound, VersionConflict
+from optserve_client.errors import Conflict, Invalid, VersionConflict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +53,7 @@ def prepare(state: SessionState, step: Step) -> Prepared:
     expected = Expected(layout=engine.layout, sparse=engine.recipe.sparse)
     if step.expected != expected or step.buffer.layout != engine.pool.layout:
         raise Conflict("the session's params changed while the gradient was on its way")
-    if fields.generation is not None and fields.generation != state.generation:
-        raise SessionRewound(
-            f"generation {fields.generation!r:.80} is over, the session's is {state.generation!r}",
-            generation=state.generation,
-            version=state.version,
-        )
+    state.check_generation(fields.generation)
     if fields.base_version is not None and fields.base_version != state.version:
         raise VersionConflict(
             f"base_version is {fields.base_version}, the session's version is {state.version}",

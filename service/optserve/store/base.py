@@ -66,7 +66,10 @@ class Payload(Protocol):
         """Return all bytes at once; meant for small payloads."""
 
     def discard(self) -> None:
-        """Give the bytes up. For payloads that no event took; nobody may read them afterwards."""
+        """Give the bytes up; nobody may read them afterwards.
+
+        For payloads that no event took, nor may have taken: not after an Unavailable.
+        """
 
 
 class PayloadWriter(Protocol):
@@ -242,7 +245,8 @@ class Store(Protocol):
 
         Those that were committed when this was called, and no later ones; nothing for a key that
         does not exist. Rows below the retained ones are missing; the payload of an event at or
-        below the older of two snapshots is None, and of every event without ``payloads``.
+        below the older of two snapshots is None, and of every event without ``payloads``. (An event
+        whose durability is ``memory`` may lose its payload to the first snapshot at or above it.)
         """
 
     def first_at(self, key: Key, version: int) -> int | None:
@@ -257,9 +261,9 @@ class Store(Protocol):
         events at or below the older of the two are dropped, and of those events' rows all but the
         last 100,000 of the journal. Events above the older one stay whole. (A pinned one below
         them has no event payloads behind it: it stands for its own version only.)
-        Raises SessionNotFound for an unknown key, ValueError for an lsn that is not committed,
-        Damaged if the frame does not read back; whatever it raises, nothing has changed and the
-        frame is given up.
+        Raises SessionNotFound for an unknown key, ValueError for an lsn that is not committed or
+        whose row is not kept, Damaged if the frame does not read back, OutOfSpace; then nothing has
+        changed. After Unavailable it may have. The frame is the store's, whatever it raises.
         """
 
     def unpin(self, key: Key, lsn: int) -> bool:

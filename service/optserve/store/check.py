@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,7 @@ from optserve_client.errors import OptserveError
 
 #: Rows that are asked for at once; one at a time behind a fault, to tell the good ones from it.
 _SPAN = 512
+_PAYLOAD_FILE = re.compile(r"payload file (\w+)")
 
 
 @runtime_checkable
@@ -123,7 +125,7 @@ def check_session(store: Store, row: SessionRow, tally: Tally) -> Iterator[Probl
         if fault is not None:
             pin = f" (pinned as {snapshot.pin!r})" if snapshot.pin is not None else ""
             what = f"snapshot of version {snapshot.version}{pin}: {fault}"
-            yield Problem(key=row.key, lsn=snapshot.lsn, file=file_of(frame), what=what)
+            yield Problem(key=row.key, lsn=snapshot.lsn, file=_file(fault), what=what)
     yield from _check_journal(store, row, base_of(snapshots), tally)
 
 
@@ -141,7 +143,7 @@ def _check_journal(store: Store, row: SessionRow, base: int, tally: Tally) -> It
         _count(tally, payload)
         if payload is not None and at.lsn > base and (fault := fault_of(payload)) is not None:
             what = f"event {at.lsn} ({last.kind}, version {last.version}): {fault}"
-            yield Problem(key=row.key, lsn=at.lsn, file=file_of(payload), what=what)
+            yield Problem(key=row.key, lsn=at.lsn, file=_file(fault), what=what)
     if last is not None and last.lsn == row.last_lsn:
         counted, said = (last.version, last.updates), (row.version, row.updates)
         if counted != said:
@@ -155,7 +157,7 @@ def _count(tally: Tally, payload: Payload | None) -> None:
         tally.payload_bytes += payload.nbytes
 
 
-def file_of(payload: Payload | None) -> str | None:
-    """Return the name of the file that a payload lies in, if it does."""
-    name = getattr(payload, "name", None)
-    return name if isinstance(name, str) else None
+def _file(fault: str) -> str | None:
+    """Return the name of the payload file that the sentence is about, if it is about one."""
+    found = _PAYLOAD_FILE.search(fault)
+    return found[1] if found else None

@@ -78,6 +78,8 @@ class Commits:
             self._check_open()
         self._writer.acquire()
         try:
+            if self._closed:
+                raise Unavailable("the store is closed")
             yield
         finally:
             self._release()
@@ -96,6 +98,8 @@ class Commits:
                 self._open_outcome([key])
                 raise
             self._follow_up(after)
+        # Unlinking what is large takes time, and nobody needs to wait for it.
+        self._remove(after)
 
     def close(self) -> None:
         """Finish what was submitted; take nothing more."""
@@ -340,6 +344,7 @@ class Commits:
             for item in items:
                 if item.error is None:
                     self._follow_up(item.after)
+                    self._remove(item.after)
 
     def _all_failed(self, items: list[Item], exc: OptserveError) -> None:
         for item in items:
@@ -372,7 +377,9 @@ class Commits:
     def _follow_up(self, after: After) -> None:
         for call in after.calls:
             call()
-        if self._placing.files is not None and after.files:
-            self._placing.files.remove(after.files)
         if after.untidy:
             self._database.tidy()
+
+    def _remove(self, after: After) -> None:
+        if self._placing.files is not None and after.files:
+            self._placing.files.remove(after.files)

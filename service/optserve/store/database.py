@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -57,6 +57,8 @@ class Database(ABC):
         self.where = where
         self.sql = Sql(engine.dialect)
         self._writer: Connection | None = None
+        #: Called when the connection that writes is there again after an error, before any use.
+        self.reopened: Callable[[], None] | None = None
 
     # --- what differs ---
 
@@ -102,7 +104,16 @@ class Database(ABC):
                 raise Unavailable(f"{self.where} cannot be opened: {first_line(exc)}") from exc
             except (OSError, sa.exc.SQLAlchemyError) as exc:
                 raise Unavailable(f"{self.where} cannot be opened: {first_line(exc)}") from exc
+            self._tell()
         return self._writer
+
+    def _tell(self) -> None:
+        try:
+            if self.reopened is not None:
+                self.reopened()
+        except BaseException:
+            self.drop_writer()
+            raise
 
     @contextmanager
     def transaction(self, sync: bool = True) -> Iterator[Connection]:

@@ -60,9 +60,12 @@ class Job:
     def one_less(self) -> None:
         self._left -= 1
         if self._left == 0:
-            self.future.set_result(
-                [Outcome(key=i.event.key, lsn=i.event.lsn, error=i.error) for i in self.items]
-            )
+            outcomes = [
+                Outcome(key=i.event.key, lsn=i.event.lsn, error=i.error) for i in self.items
+            ]
+            # Let go of the payloads now: their files wait for the last who holds them.
+            self.items = []
+            self.future.set_result(outcomes)
 
     def pending(self) -> list[Future[object]]:
         return [i.pending for i in self.items if i.pending and not i.pending.done()]

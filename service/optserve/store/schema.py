@@ -244,9 +244,20 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
     )
     .values(suspect=_YES),
     "doubt": sa.update(sessions).where(_of(sessions)).values(suspect=_YES),
+    # After a crash of the database, not of the server: that still has what it has alone.
+    "suspect_os": sa.update(sessions)
+    .where(
+        sessions.c.dirty != bind("k_boot"),
+        sessions.c.durability != sa.literal_column("'memory'"),
+    )
+    .values(suspect=_YES),
     # At close.
     "all_clean": sa.update(sessions)
-    .where(sessions.c.durability != sa.literal_column("'memory'"), sessions.c.suspect == _NO)
+    .where(
+        sessions.c.durability != sa.literal_column("'memory'"),
+        sessions.c.dirty == bind("k_boot"),
+        sessions.c.suspect == _NO,
+    )
     .values(dirty=_NULL),
     "dirty": sa.select(sessions.c.tenant, sessions.c.session).where(
         sessions.c.dirty.is_not(None), sessions.c.suspect == _NO

@@ -58,6 +58,7 @@ class SqlStore:
         self._writing = Writing(database, self._placing, self._tails, self._boot, kept_rows)
         self._reading = Reading(database, self._placing, self._tails)
         self._recover()
+        database.reopened = self._reopened
         self._commits = Commits(database, self._placing, self._tails, self._writing)
 
     # --- begin and end ---
@@ -98,6 +99,14 @@ class SqlStore:
             return False
         return True
 
+    def _reopened(self) -> None:
+        """Look whether the database has lost what was committed to it without a sync."""
+        if (boot := self._database.boot()) != self._writing.boot:
+            with self._database.transaction() as tx:
+                tx.run(self._database.sql["suspect_os"], {"k_boot": boot})
+            self._writing.boot = boot
+            self._writing.dirty.clear()
+
     def close(self) -> None:
         if self._closed:
             return
@@ -114,8 +123,8 @@ class SqlStore:
             self._files.flush()
         self._database.settle()
         with self._database.transaction() as tx:
-            tx.run(self._database.sql["all_clean"])
-            opened = {"release": RELEASE, "boot": self._boot, "clean": 1}
+            tx.run(self._database.sql["all_clean"], {"k_boot": self._writing.boot})
+            opened = {"release": RELEASE, "boot": self._writing.boot, "clean": 1}
             tx.run(self._database.sql["opened"], opened)
 
     def integrity(self) -> Iterator[str]:

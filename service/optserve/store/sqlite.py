@@ -6,6 +6,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ TIDY_PAGES = 2048
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+@cache
 def machine_boot() -> str:
     """Name this boot of the machine; a name that never comes back where it has none."""
     try:
@@ -100,13 +102,20 @@ class Sqlite(Database):
         writer.driver.execute("BEGIN IMMEDIATE")
 
     def settle(self) -> None:
-        self._recover(self.writer.driver)
+        try:
+            self._recover(self.writer.driver)
+        except sqlite3.Error as exc:
+            raise self.translated(exc) from exc
 
     def tidy(self) -> None:
-        driver = self.writer.driver
-        [free] = driver.execute("PRAGMA freelist_count").fetchone()
-        if free > FREE_PAGES:
-            driver.execute(f"PRAGMA incremental_vacuum({min(free - FREE_PAGES, TIDY_PAGES)})")
+        try:
+            driver = self.writer.driver
+            [free] = driver.execute("PRAGMA freelist_count").fetchone()
+            if free > FREE_PAGES:
+                pages = min(free - FREE_PAGES, TIDY_PAGES)
+                driver.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+        except sqlite3.Error:
+            self.drop_writer()  # nothing is lost; what is wrong shows when it is opened again
 
     def integrity(self) -> Iterator[str]:
         with self.reading() as now:

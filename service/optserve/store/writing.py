@@ -16,6 +16,7 @@ from optserve_client.errors import (
     Internal,
     OptserveError,
     SessionNotFound,
+    Unavailable,
 )
 
 
@@ -48,7 +49,8 @@ class Writing:
         self._sql = database.sql
         self._placing = placing
         self._tails = tails
-        self._boot = boot
+        #: Of what is committed without a sync; see ``Database.boot``.
+        self.boot = boot
         self._kept_rows = kept_rows
         #: Sessions with acknowledged ``os`` events that the medium need not have yet.
         self.dirty: set[Key] = set()
@@ -142,7 +144,7 @@ class Writing:
                 f"event {row.event.lsn} of session {key.session!r} has durability {durability!r}: "
                 f"the events since {tail.base}, whose durability is 'memory', need a snapshot first"
             )
-        dirty = self._dirty_with(key, durability, after)
+        dirty = self._dirty_with(tx, key, durability, after)
         if durability == "always" and dirty is not None:
             return Unavailable(
                 f"event {row.event.lsn} of session {key.session!r} has durability 'always': "
@@ -152,22 +154,23 @@ class Writing:
             return self._why_not(tx, row.event)
         return None
 
-    def _dirty_with(self, key: Key, durability: str, after: After) -> str | None:
+    def _dirty_with(self, tx: Connection, key: Key, durability: str, after: After) -> str | None:
         """What the session is once an event of this durability has committed."""
         if durability == "os":
             after.calls.append(lambda: self.dirty.add(key))
-            return self._boot
-        return self._clean(key, after)
+            return self.boot
+        return self._clean(tx, key, after)
 
-    def _clean(self, key: Key, after: After) -> str | None:
+    def _clean(self, tx: Connection, key: Key, after: After) -> str | None:
         """Make what came before as durable as the commit that follows, if that is possible."""
         if key not in self.dirty:
             return None
         if self._placing.files is not None:
+            everything = of(key, k_from=0, k_upto=2**62)
             try:
-                self._placing.files.flush(self._files_of(tx, key))
+                self._placing.files.flush(tx.column(self._sql["event_files"], everything))
             except OptserveError:
-                return self._boot
+                return self.boot
         after.calls.append(lambda: self.dirty.discard(key))
         return None
 
@@ -184,7 +187,7 @@ class Writing:
     ) -> OptserveError | None:
         """Note that from now on this process alone has events; ``row`` is the first of them."""
         event = row.event
-        moved = self._moved(row, durability, self._boot)
+        moved = self._moved(row, durability, self.boot)
         if tx.run(self._sql["mark"], moved) != 1:
             return self._why_not(tx, event)
         after.calls.append(lambda: self._start_tail(row))
@@ -213,7 +216,7 @@ class Writing:
         after.files += tx.column(self._sql["frame_files"], rows_from)
         for name in ("drop_events_from", "drop_parts_from", "drop_snapshots_from"):
             tx.run(self._sql[name], rows_from)
-        moved = self._moved(row, durability, self._clean(key, after))
+        moved = self._moved(row, durability, self._clean(tx, key, after))
         bare = min(session["bare_lsn"], event.lsn - 1)
         if tx.run(self._sql["rewind"], moved | {"bare_lsn": bare}) != 1:
             return self._why_not(tx, event)
@@ -275,7 +278,7 @@ class Writing:
             after.calls.append(lambda: self._shorten(key, tail, lsn))
         self._keep(tx, key, lsn, placed, pin, after)
         self._trim(tx, key, session["bare_lsn"], last, after)
-        if lsn == last and (session["dirty"] is not None) and self._clean(key, after) is None:
+        if lsn == last and (session["dirty"] is not None) and self._clean(tx, key, after) is None:
             tx.run(self._sql["clear_dirty"], of(key))
 
     def _shorten(self, key: Key, tail: Tail, lsn: int) -> None:
