@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from benchmarks import results
 from optserve_client import Client
 from tests.serving import ServerProcess
 
-DURABILITIES = ("always", "os", "memory")
+Durability = Literal["always", "os", "memory"]
+DURABILITIES: tuple[Durability, ...] = ("always", "os", "memory")
 #: Parameters, and rounds that are measured.
 SIZES = {10: 1000, 10_000: 1000, 1_000_000: 60, 25_000_000: 12}
 #: Rounds before them.
@@ -30,7 +32,7 @@ SESSIONS = 1000
 SESSION_SIZE = 10_000
 
 
-def latencies(client: Client, size: int, rounds: int) -> dict[str, list[float]]:
+def latencies(client: Client, size: int, rounds: int) -> dict[Durability, list[float]]:
     """Return the seconds of each step, by durability."""
     params = {"w": np.zeros(size, np.float32)}
     grads = {"w": np.random.default_rng(0).normal(size=size).astype(np.float32)}
@@ -38,7 +40,7 @@ def latencies(client: Client, size: int, rounds: int) -> dict[str, list[float]]:
         name: client.create("Adam", params, id=f"{name}-{size}", durability=name)
         for name in DURABILITIES
     }
-    taken: dict[str, list[float]] = {name: [] for name in DURABILITIES}
+    taken: dict[Durability, list[float]] = {name: [] for name in DURABILITIES}
     for number in range(WARM_UP + rounds):
         for name, session in sessions.items():
             began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import select
 import socket
@@ -17,6 +18,10 @@ from tests.syscalls import Call, Decide, Watched
 from tests.zygote import Zygote
 
 LIFE_S = 60.0
+#: The short forms take every so manieth call, beginning with another one each day.
+STRIDE = 7
+#: A day's number.
+TODAY = datetime.date.today().toordinal()
 #: The session of the scenario that goes back to its snapshots, and requests without a number.
 FORGETFUL = "forgetful"
 #: Those whose answers do not wait for a sync.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import pwd
 import shutil
@@ -67,6 +68,7 @@ class Cluster:
                 user=self._user,
                 cwd=self.directory,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         end = time.monotonic() + START_LIMIT_S
         while not self._answers():
@@ -161,6 +163,11 @@ class Cluster:
         )
         if done.returncode:
             raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
+
+
+def _end_with_parent() -> None:
+    """Shut down when the test session dies, however that happens."""
+    ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
 
 
 def _runs(pid: str) -> bool:

@@ -315,6 +315,7 @@ class Play:
             chain = self.calls[call.key]
             at = chain.index(call)
             call.after = chain[at - 1].after if at else self.before[call.key]
+            call.firm = False
             if event.payload is not None:
                 event.payload.discard()
         for key, chain in self.calls.items():
@@ -427,6 +428,7 @@ class Play:
             self.machine.store.snapshot(key, lsn, frame, pin)
         except OptserveError:
             call.after = self.now[key] = kept
+            call.firm = False
         self._end(call)
 
     def _unpin(self, key: Key, journal: Journal) -> None:

@@ -8,6 +8,7 @@ that has no answer to it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import socket
@@ -32,10 +33,10 @@ from optserve_client.errors import OptserveError, OutOfSpace, SessionNotFound, U
 from tests import local, syscalls
 
 #: 90 kB: payloads of this session are files.
-BIG = {"w": (150, 150), "b": (150,)}
-SMALL = {"w": (5, 7), "b": (7,), "s": ()}
+BIG: dict[str, tuple[int, ...]] = {"w": (150, 150), "b": (150,)}
+SMALL: dict[str, tuple[int, ...]] = {"w": (5, 7), "b": (7,), "s": ()}
 #: 40 kB: as large as payloads in the database come.
-WIDE = {"w": (100, 100)}
+WIDE: dict[str, tuple[int, ...]] = {"w": (100, 100)}
 #: How often a request that met an injected error is sent again.
 TRIES = 20
 #: The session whose events stay in memory, so that it goes back to its snapshot.
@@ -207,31 +208,28 @@ SCRIPTS = {"life": script, "unsynced": unsynced}
 
 
 def digest(made: Registry, session: str) -> str | None:
-    """Return the digest of a session but for what differs between two lives; None: there is none.
-
-    These are its generation and the times of its events.
-    """
+    """Return the digest of a session but for its generation and times; None: there is none."""
     try:
         found = made.get("default", session)
     except SessionNotFound:
         return None
     frame = frames.decode(local.exported(found))
-    meta = {k: v for k, v in frame.meta.items() if k not in ("generation", "created", "changed")}
-    ledger = json.loads(json.dumps(meta.pop("ledger")))
-    if session == FORGETFUL:
-        meta.pop("lsn"), meta.pop("rewound")
-    else:
-        for worker in ledger["workers"]:
-            for result in worker["results"]:
-                del result["time"]
-        for key in ledger["keys"]:
-            del key["time"]
-        meta["ledger"] = ledger
+    leave = {"generation", "created", "changed"}
+    if session == FORGETFUL:  # going back is an event too
+        leave |= {"lsn", "rewound", "ledger"}
+    meta = {name: value for name, value in frame.meta.items() if name not in leave}
+    for kept in _results(meta.get("ledger", {"workers": [], "keys": []})):
+        del kept["time"]
     seen = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
     for name, tensor in sorted(frame.tensors.items()):
         seen.update(f"{name} {wire.dtype_of(tensor)} {tensor.shape}".encode())
         seen.update(wire.as_bytes(tensor))
     return seen.hexdigest()
+
+
+def _results(ledger: dict[str, Any]) -> list[dict[str, Any]]:
+    answered = (worker["results"] for worker in ledger["workers"])
+    return list(itertools.chain(ledger["keys"], *answered))
 
 
 def digests(made: Registry, requests: list[Request]) -> dict[str, str | None]:

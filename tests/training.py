@@ -11,144 +11,25 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from optserve.sessions import frames
 from optserve.store.base import Durability
-from optserve_client import Client, Session, StepResult, _calls, errors
+from optserve_client import Client, Session, StepResult, errors
 from tests import oracle
-from tests.oracle import Shapes, Story, Tree
+from tests.oracle import Story, Tree
+from tests.specs import SHARED, Spec
 
 T = TypeVar("T")
+#: How often a call is made that fails although the client repeats its requests.
+PATIENCE = 20
+RETURNS: tuple[Literal["params", "none", "delta"], ...] = ("params", "none", "delta")
 
 
 class Again(Protocol):
     """Makes a call until it is answered."""
 
     def __call__(self, call: Callable[[], T]) -> T: ...
-
-
-SMALL: Shapes = {"w": (5, 7), "b": (7,), "s": (), "e": (0, 3)}
-#: How often a call is made that fails although the client repeats its requests.
-PATIENCE = 8
-#: 160 kB: payloads of this size are files.
-LARGE: Shapes = {"w": (200, 200), "b": (200,)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """A kind of session, and what its owner does to it beside stepping."""
-
-    name: str
-    #: Of the create request, without params.
-    body: Mapping[str, Any]
-    shapes: Shapes = field(default_factory=lambda: SMALL)
-    dtype: str = "float32"
-    #: Kinds of changes, as methods of :class:`Owned`.
-    more: tuple[str, ...] = ()
-
-
-SPECS: tuple[Spec, ...] = (
-    Spec(
-        name="adamw",
-        body={"optimizer": {"name": "AdamW", "lr": 0.01}, "impl": "fused", "clip_grad_norm": 1.0},
-        more=("patch_group",),
-    ),
-    Spec(
-        name="sgd",
-        body={
-            "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True},
-            "scheduler": {"name": "StepLR", "step_size": 3, "gamma": 0.9},
-            "ema": {"decay": 0.95},
-        },
-        more=("advance", "put_params"),
-    ),
-    Spec(
-        name="lbfgs",
-        body={"optimizer": {"name": "LBFGS", "lr": 1.0, "line_search_fn": "strong_wolfe"}},
-        shapes={"x": (3,), "y": (), "z": (2, 2)},
-    ),
-    Spec(
-        name="onecycle",
-        body={
-            "optimizer": {"name": "Adam", "lr": 0.01},
-            "scheduler": {
-                "name": "OneCycleLR",
-                "max_lr": 0.1,
-                "total_steps": 1_000_000,
-                "advance": "step",
-            },
-        },
-    ),
-    Spec(
-        name="plateau",
-        body={
-            "optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.5},
-            "scheduler": {
-                "name": "ReduceLROnPlateau",
-                "factor": 0.9,
-                "patience": 2,
-                "monitor": "loss",
-                "advance": "step",
-            },
-            "best": {"monitor": "loss"},
-        },
-        more=("put_loss",),
-    ),
-    Spec(
-        name="accumulate",
-        body={
-            "optimizer": {"name": "Adam", "lr": 0.01},
-            "accumulate": {"steps": 3, "reduce": "mean"},
-            "clip_grad_norm": 0.5,
-        },
-        more=("patch_group",),
-    ),
-    Spec(
-        name="bfloat16",
-        body={"optimizer": {"name": "AdamW", "lr": 0.02}, "ema": {"decay": 0.9}},
-        dtype="bfloat16",
-        more=("put_params",),
-    ),
-    Spec(
-        name="large",
-        body={"optimizer": {"name": "Adam", "lr": 0.01}, "best": {"monitor": "loss"}},
-        shapes=LARGE,
-        more=("put_params", "put_loss"),
-    ),
-    Spec(
-        name="lambda",
-        body={
-            "optimizer": {"name": "RMSprop", "lr": 0.01},
-            "scheduler": {"name": "LambdaLR", "lr_lambda": "0.999 ** epoch", "advance": "step"},
-        },
-    ),
-    Spec(
-        name="groups",
-        body={
-            "optimizer": {"name": "NAdam", "lr": 0.01},
-            "groups": [{"params": ["b"], "lr": 0.001}],
-            "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (1 + epoch / 50)"},
-        },
-        dtype="float64",
-        more=("patch_group", "advance"),
-    ),
-    Spec(
-        name="swats",
-        body={"optimizer": {"name": "SWATS", "lr": 0.01}},
-        more=("patch_group",),
-    ),
-    Spec(
-        name="lion",
-        body={"optimizer": {"name": "Lion", "lr": 0.01}, "accumulate": 2, "ema": {"decay": 0.99}},
-    ),
-)
-
-
-def change(session: Session, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """Send a change that the client has no method for, as its methods do."""
-    return session._client._run(_calls.edit(session.id, method, path, body))
 
 
 class Owned:
@@ -202,7 +83,7 @@ class Owned:
         seed = self.rng.getrandbits(32)
         loss = round(self.rng.uniform(0, 10), 3) if self._wants_loss() else None
         grads = oracle.tensors(seed, self.spec.shapes, self.spec.dtype)
-        returns = self.rng.choice(("params", "none", "delta"))
+        returns = self.rng.choice(RETURNS)
         result = self._again(lambda: self.session.step(grads, loss=loss, returns=returns))
         self._noted(result, oracle.Step(seed, loss))
 
@@ -260,28 +141,26 @@ class Owned:
 
     def roll_back(self) -> None:
         version = self._near()
-        reply = self._past_change("POST", "rollback", {"version": version})
+        reply = self._unless_gone(lambda: self.session.rollback(version))
         if reply is not None:
             self.story.roll_back(version)
             self.trial = None
             self._check(reply)
 
     def pin(self) -> None:
-        if self.pinned is not None:
-            reply = self._past_change("DELETE", f"versions/{self.pinned}/pin")
-            self.pinned = None
-        else:
-            version = self._near()
-            reply = self._past_change("POST", f"versions/{version}/pin", {"name": "kept"})
-            self.pinned = None if reply is None else version
+        version = self._near() if self.pinned is None else self.pinned
+        pinning = self.pinned is None
+        call = self.session.pin if pinning else self.session.unpin
+        reply = self._unless_gone(lambda: call(version))
+        self.pinned = version if pinning and reply is not None else None
         if reply is not None:
             self.story.note(oracle.Nothing())
             self._check(reply)
 
-    def _past_change(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Return the reply, or None where that version cannot be reached any more."""
+    def _unless_gone(self, call: Callable[[], T]) -> T | None:
+        """Return the reply, or None where the version cannot be reached any more."""
         try:
-            return self._again(lambda: change(self.session, method, path, body))
+            return self._again(call)
         except errors.Invalid as exc:
             self._gone(exc)
             return None
@@ -308,10 +187,11 @@ class Owned:
         except errors.Invalid as exc:
             self._gone(exc)
             return None
+        except errors.SessionRewound:
+            assert self._lossy
+            return None  # what is lost, the next change is told
         origin = session.info.get("forked_from", {}).get("generation")
-        if self._lossy and origin != self.generations[-1]:
-            self._again(session.delete)  # the session went back meanwhile: a copy of something else
-            return None
+        assert origin in (None, self.generations[-1])
         made = Owned(
             self.spec,
             session,
@@ -494,10 +374,6 @@ class Trainer(threading.Thread):
         result = self.again(lambda: self.client.session(name).step(grads, returns="none"))
         assert result.applied_version is not None
         self.shared_steps.append((result.applied_version, seed))
-
-
-#: What several clients step, each with its own numbers.
-SHARED = Spec(name="shared", body={"optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9}})
 
 
 def share(trainers: Sequence[Trainer], durability: Durability | None = None) -> None:

@@ -18,7 +18,8 @@ from optserve.store.opening import open_store
 from optserve_client import Client
 from tests.forked import Forkery
 from tests.serving import ServerProcess, free_port
-from tests.training import SPECS, Trainer
+from tests.specs import SPECS
+from tests.training import Trainer
 
 CREATE = {"optimizer": {"name": "SGD", "lr": 0.5}, "params": {"w": [1.0]}}
 STEP = b'{"grads": {"w": [1.0]}}'

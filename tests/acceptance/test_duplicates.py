@@ -6,10 +6,11 @@ import httpx
 import pytest
 
 from optserve_client import Client
-from tests.conftest import Figure
 from tests.proxy import FAULTS, Proxy
+from tests.record import Figure
 from tests.serving import ServerProcess
-from tests.training import SPECS, Trainer, share, stories
+from tests.specs import SPECS
+from tests.training import Trainer, share, stories
 
 CLIENTS = 8
 

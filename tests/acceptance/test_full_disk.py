@@ -127,7 +127,7 @@ def check_reading_goes_on(sessions: tuple[Training, ...]) -> None:
         params = one.session.params()
         assert params.version == one.session.status()["version"] == one.steps
         for key, leaf in one.twin.leaves.items():
-            assert np.array_equal(params[key], leaf.detach().numpy())
+            assert np.array_equal(np.asarray(params[key]), leaf.detach().numpy())
         one.check()
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import lives, syscalls
-from tests.acceptance.test_kill_syscalls import STRIDE, TODAY
-from tests.lives import Life, Reference
+from tests.lives import STRIDE, TODAY, Life, Reference
 from tests.record import Figure
 from tests.syscalls import Call
 from tests.zygote import Zygote
@@ -61,6 +60,7 @@ class Faults:
         return self.error
 
 
+@pytest.mark.timeout(3600)  # of the long form
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_fails_costs_a_retry(

@@ -23,18 +23,18 @@ from optserve.store import Key, Store
 from optserve.store.base import Durability
 from optserve.store.opening import open_store
 from optserve_client import Client
-from tests.conftest import Figure
 from tests.forked import Forkery
 from tests.oracle import Story
 from tests.postgres import shared_cluster
+from tests.record import Figure
 from tests.serving import ServerProcess, free_port
-from tests.training import SPECS, Spec, Trainer, share, stories
+from tests.specs import SPECS, Spec
+from tests.training import Trainer, share, stories
 
 # The long form takes half an hour.
 pytestmark = pytest.mark.timeout(3 * 3600)
 
 CLIENTS = 8
-MEAN_LIFE_S = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,15 @@ class Place:
         """Start a server, and kill it at a random moment: while it starts, or some time later."""
         server = self.start(executed=executed)
         try:
-            if self._rng.random() < 0.25:
+            draw = self._rng.random()
+            if draw < 0.25:
                 time.sleep(self._rng.uniform(0, 5 if executed else 0.15))
                 self.unready += 1
             else:
                 server.wait_ready()
-                time.sleep(min(self._rng.expovariate(1 / MEAN_LIFE_S), 10 * MEAN_LIFE_S))
+                # Mostly short; now and then long enough to read all sessions back.
+                mean_s = 0.2 if draw < 0.9 else 2.0
+                time.sleep(min(self._rng.expovariate(1 / mean_s), 3 * mean_s))
             kill(server)
             self.kills += 1
         finally:
@@ -80,21 +83,11 @@ def kill(server: ServerProcess) -> None:
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
 
 
-def dealt(specs: Sequence[Spec]) -> list[dict[str, Spec]]:
-    """Deal specs out to the clients; those that get none begin again."""
-    hands: list[dict[str, Spec]] = [{} for _ in range(CLIENTS)]
-    for i in range(max(len(specs), CLIENTS)):
-        spec = specs[i % len(specs)]
-        name = spec.name if i < len(specs) else f"{spec.name}-again"
-        hands[i % CLIENTS][name] = spec
-    return hands
-
-
 def train(url: str, specs: Sequence[Spec], durability: Durability | None) -> list[Trainer]:
-    """Return the clients, which have not started."""
+    """Return the clients, which have not started, with the specs dealt out to them."""
     return [
-        Trainer(Client(url), hand, seed, durability=durability)
-        for seed, hand in enumerate(dealt(specs))
+        Trainer(Client(url), {s.name: s for s in specs[i::CLIENTS]}, i, durability=durability)
+        for i in range(CLIENTS)
     ]
 
 

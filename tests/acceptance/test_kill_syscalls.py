@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -11,15 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests import lives, syscalls
-from tests.lives import Life, Reference
+from tests.lives import STRIDE, TODAY, Life, Message, Reference
 from tests.record import Figure
 from tests.syscalls import Call
 from tests.zygote import Zygote
-
-#: The short form takes every so manieth call, beginning with another one each day.
-STRIDE = 7
-#: A day's number; also says where a recovery is killed.
-TODAY = datetime.date.today().toordinal()
 
 pytestmark = pytest.mark.skipif(
     syscalls.unavailable() is not None, reason=str(syscalls.unavailable())
@@ -84,18 +78,22 @@ class Case:
         self.acknowledged = max(self.acknowledged, life.acknowledged)
 
 
-def _numbers(reference: Reference, long_form: bool) -> range:
-    return range(
-        1 if long_form else TODAY % STRIDE + 1, len(reference.calls) + 1, 1 if long_form else STRIDE
-    )
+def _numbers(calls: int, long_form: bool) -> range:
+    """Return at which of so many calls to kill."""
+    return range(1, calls + 1) if long_form else range(TODAY % STRIDE + 1, calls + 1, STRIDE)
 
 
+def _told(entry: Message | Call) -> Message:
+    return {} if isinstance(entry, Call) else entry
+
+
+@pytest.mark.timeout(3600)  # of the long form
 def test_killed_at_any_call_it_goes_on_bit_for_bit(
     zygote: Zygote, reference: Reference, tmp_path: Path, long_form: bool, figure: Figure
 ) -> None:
     """And killed again in the recovery from that, at a call that moves with the day."""
     kills = 0
-    for number in _numbers(reference, long_form):
+    for number in _numbers(len(reference.calls), long_form):
         case = Case(zygote, reference, tmp_path / str(number))
         case.directory.mkdir()
         try:
@@ -121,9 +119,10 @@ def test_killed_at_any_call_of_a_recovery(
     copy = tmp_path / "whole"
     shutil.copytree(crashed, copy)
     recovery = lives.live(zygote, copy, first.acknowledged)
-    assert recovery.calls
-    stride = 1 if long_form else STRIDE
-    for number in range(1 if long_form else TODAY % STRIDE + 1, 60, stride):
+    answers = (i for i, entry in enumerate(recovery.log) if "done" in _told(entry))
+    begin = next(answers, len(recovery.log))
+    calls = sum(isinstance(entry, Call) for entry in recovery.log[:begin])
+    for number in _numbers(calls, long_form):
         directory = tmp_path / str(number)
         shutil.copytree(crashed, directory)
         case = Case(zygote, reference, directory)

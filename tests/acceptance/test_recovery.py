@@ -188,7 +188,7 @@ def newest_file(directory: Path, table: str, session: str) -> Path:
             [session],
         )
     database.close()
-    return directory / "payloads" / name
+    return directory / "payloads" / str(name)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from optserve.store.opening import open_store
 from optserve_client.errors import Damaged, SessionRewound
 from tests import local
 from tests.local import NOBODY, Identity, arrays, create, exported, step
+from tests.postgres import shared_cluster
 
 #: Gradients of 100 kB lie in files, those of 400 bytes in the database.
 LARGE: dict[str, tuple[int, ...]] = {"w": (25_000,)}
@@ -39,9 +40,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def registry(folder: Path) -> Iterator[Registry]:
+def registry(folder: Path, url: str | None = None) -> Iterator[Registry]:
     """A registry on the data directory; no snapshots at its end, as after a crash."""
-    store = open_store(url=None, data_dir=folder, files=None)
+    store = open_store(url=url, data_dir=folder, files=None)
     made = Registry(store, threads=torch.get_num_threads())
     try:
         yield made
@@ -380,3 +381,36 @@ def test_what_is_no_database_is_one_sentence(tmp_path: Path, content: bytes) -> 
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1
     assert str(tmp_path / "optserve.db") in done.stderr
+
+
+# --- PostgreSQL ----------------------------------------------------------------------------------
+
+
+def test_a_database_of_postgresql_is_checked_and_salvaged_too() -> None:
+    """Without --files: large payloads lie in it, too."""
+    cluster = shared_cluster()
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, "--store", url])
+
+    with cluster.database() as name:
+        url = cluster.url(name)
+        with registry(Path("/nowhere"), url) as made:
+            steps(create(made, BODY, arrays(0, LARGE), "large"), "large")
+            held = run("sessions", "ls")
+            assert held.exit_code == 1
+            assert f"the server with pid {os.getpid()}" in held.stderr
+            assert held.stderr.endswith("; or ask it: --url http://HOST:PORT\n")
+        assert run("fsck").exit_code == 0
+        cluster.execute("DELETE FROM parts WHERE lsn = 5", name)
+        done = run("fsck")
+        assert done.exit_code == 1
+        assert done.stdout.startswith("large: lsn 5: event 5 (step, version 4): a payload of ")
+        assert "goes back to version 3" in done.stdout
+        assert run("fsck", "--salvage", "large").exit_code == 0
+        assert run("fsck").exit_code == 0
+        assert run("sessions", "ls").stdout.splitlines()[1].split("\t")[:3] == [
+            "large",
+            "Adam",
+            "3",
+        ]

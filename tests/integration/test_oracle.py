@@ -9,7 +9,7 @@ import pytest
 from optserve.sessions.registry import Registry
 from tests import local, oracle
 from tests.oracle import Story, Tree
-from tests.training import SPECS, Spec
+from tests.specs import SPECS, Spec
 
 STEPPED = [spec for spec in SPECS if spec.body["optimizer"]["name"] != "LBFGS"]
 SEEDS = (1, 2, 3, 4, 5, 6)

@@ -15,8 +15,8 @@ from optserve.optim import devices
 from optserve.sessions import snapshots
 from optserve.sessions.operations import Pin
 from optserve.sessions.registry import Registry
-from optserve.store.opening import open_store
-from optserve_client.errors import Fenced, OutOfSequence, SessionRewound
+from optserve.store.opening import CannotOpen, open_store
+from optserve_client.errors import Fenced, OutOfSequence, SessionNotFound, SessionRewound
 from tests import local
 from tests.local import Identity, arrays, create, exported, step
 
@@ -113,6 +113,37 @@ def test_a_created_session_is_found_again_by_its_key(tmp_path: Path) -> None:
             "default", created["default"], BODY, arrays(1), None, local.NOBODY, exist_ok=True
         )
         assert reply.result(30).scalars["created"] is False
+
+
+def test_a_late_repeat_does_not_bring_a_deleted_session_back(tmp_path: Path) -> None:
+    key = Identity(key="the-key", digest=b"d")
+
+    def ask(made: Registry) -> Any:
+        return made.create("default", "a", BODY, arrays(0), None, key, exist_ok=True).result(30)
+
+    with served(tmp_path) as made:
+        ask(made)
+        made.delete("default", "a", local.NOBODY).result(30)
+        with pytest.raises(SessionNotFound, match="'a', which this Idempotency-Key created, was"):
+            ask(made)
+    with served(tmp_path) as made:
+        with pytest.raises(SessionNotFound, match="'a', which this Idempotency-Key created, was"):
+            ask(made)
+        create(made, BODY, arrays(0))  # without the key it is a new one
+
+
+def test_files_of_another_database_are_left_alone(tmp_path: Path) -> None:
+    with served(tmp_path / "a") as made:
+        session = create(made, BODY, arrays(0, LARGE))
+        live = exported(session)
+    with pytest.raises(CannotOpen, match="belong to another database"):
+        open_store(url=f"sqlite:///{tmp_path}/other.db", data_dir=tmp_path / "a", files=None)
+    (tmp_path / "a" / "optserve.db").rename(tmp_path / "kept.db")
+    with pytest.raises(CannotOpen, match="belong to another database"):
+        open_store(url=None, data_dir=tmp_path / "a", files=None)
+    (tmp_path / "kept.db").rename(tmp_path / "a" / "optserve.db")
+    with served(tmp_path / "a") as made:
+        assert exported(made.get("default", "a")) == live
 
 
 def test_memory_durability_goes_back_to_the_last_snapshot_and_says_so(tmp_path: Path) -> None:

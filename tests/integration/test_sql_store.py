@@ -289,6 +289,19 @@ def test_the_mark_of_unsynced_events_is_there_before_the_first_is_acknowledged(
     assert modes[4] == "NORMAL"
 
 
+def test_a_start_after_a_kill_brings_the_whole_log_into_the_database(sqlite: Backend) -> None:
+    copy = Backend("sqlite", None, sqlite.data_dir / "copy", None)
+    with closing(sqlite.open()) as store:
+        filled(store, A, 10, size=40_000, durability="os")
+        shutil.copytree(sqlite.data_dir, copy.data_dir)
+    log = copy.data_dir / "optserve.db-wal"
+    before = log.stat().st_size
+    with closing(copy.open()) as store:
+        # What follows is the mark of this start alone.
+        assert log.stat().st_size < before / 10
+        assert lsns(store, A) == list(range(1, 11))
+
+
 @pytest.mark.skipif(binaries() is None, reason=MISSING)
 def test_after_a_crash_of_postgresql_os_sessions_are_suspect(tmp_path: Path) -> None:
     bin_dir = binaries()

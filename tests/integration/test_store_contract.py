@@ -932,3 +932,25 @@ def test_a_full_disk_is_unavailable_and_the_writer_can_be_discarded(
     writer.discard()
     assert payload(store, noise(100_000)).read() == noise(100_000)
     store.close()
+
+
+def test_the_key_that_created_a_deleted_session_stays_known_for_a_day(backend: Backend) -> None:
+    store = backend.open(kept_rows=KEPT_ROWS)
+    now = time.time()
+    old = {"idempotency_key": "old", "digest": b"1", "time": now - 25 * 3600}
+    commit(store, event(A, 1, **old))
+    commit(store, event(B, 1, idempotency_key="b", digest=b"2", time=now))
+    commit(store, event(Key("default", "c"), 1))
+    for key in (A, B, Key("default", "c")):
+        assert store.delete(key)
+    # Created again by the same key, and deleted again: still one.
+    commit(store, event(B, 1, idempotency_key="b", digest=b"3", time=now + 1))
+    store.delete(B)
+    if backend.name != "memory":
+        store.close()
+        store = backend.open(kept_rows=KEPT_ROWS)
+    spent = [row for row in store.spent_keys() if row.idempotency_key != "old"]
+    assert [(row.key, row.idempotency_key, row.digest) for row in spent][-1] == (B, "b", b"3")
+    if backend.name != "memory":
+        assert len(store.spent_keys()) == 1
+    store.close()

@@ -19,7 +19,7 @@ DATABASE = "optserve.db"
 
 def open_place(settings: StoreSettings) -> Store:
     """Open the store of ``settings``, making its directory. Raises CannotOpen."""
-    from optserve.store.opening import CannotOpen, open_store
+    from optserve.store.opening import CannotOpen, InUse, open_store
 
     directory, url = settings.directory, settings.store
     if url is None or url.startswith("sqlite:"):
@@ -32,6 +32,8 @@ def open_place(settings: StoreSettings) -> Store:
             ) from exc
     try:
         return open_store(url=url, data_dir=directory, files=settings.files)
+    except InUse:
+        raise
     except (CannotOpen, OptserveError, ValueError) as exc:
         said = str(exc)
         raise CannotOpen(said.replace(url, masked(url)) if url else said) from exc
@@ -45,24 +47,16 @@ def opened(settings: StoreSettings, status: int, hint: str = "") -> Iterator[Sto
     """
     if (sentence := _nothing_there(settings)) is not None:
         fail(sentence, status)
-    from optserve.store.opening import CannotOpen
+    from optserve.store.opening import CannotOpen, InUse
 
     try:
         store = open_place(settings)
     except CannotOpen as exc:
-        fail(f"{exc}; {hint}" if hint and _somebody_has_it(exc) else str(exc), status, exc)
+        fail(f"{exc}; {hint}" if hint and isinstance(exc, InUse) else str(exc), status, exc)
     try:
         yield store
     finally:
         store.close()
-
-
-def _somebody_has_it(exc: BaseException | None) -> bool:
-    from optserve.store.lock import Locked
-
-    while exc is not None and not isinstance(exc, Locked):
-        exc = exc.__cause__
-    return exc is not None
 
 
 def _nothing_there(settings: StoreSettings) -> str | None:

@@ -73,9 +73,9 @@ class Registry:
         #: What a create request with an Idempotency-Key made: digest and id, by tenant and key.
         self._created: dict[str, Ledger] = {}
         self._owner_epoch = store.claim(_NOBODY)
-        self._sessions: dict[Key, Session] = {}
-        for row in store.sessions():
-            self._keep(Session(self._home, row), row)
+        rows = store.sessions()
+        self._sessions = {row.key: Session(self._home, row) for row in rows}
+        self._remember_keys(rows)
         #: Of creations and deletions that may have been committed although they failed.
         self._doubtful: set[Key] = set()
         self._expiry = Expiry(lambda: list(self._sessions.values()), self._forget, session_ttl_s)
@@ -240,15 +240,28 @@ class Registry:
     def _keep(self, session: Session, row: SessionRow) -> Session:
         self._sessions[session.key] = session
         if row.create_key is not None:
-            identity = Identity(key=row.create_key, digest=row.create_digest)
-            self._created.setdefault(row.key.tenant, Ledger()).commit(
-                identity,
-                applied_version=None,
-                lsn=1,
-                reply={"id": row.key.session},
-                time=row.created,
-            )
+            self._remember_key(row.key, row.create_key, row.create_digest, row.created)
         return session
+
+    def _remember_key(self, key: Key, text: str, digest: bytes, created: float) -> None:
+        self._created.setdefault(key.tenant, Ledger()).commit(
+            Identity(key=text, digest=digest),
+            applied_version=None,
+            lsn=1,
+            reply={"id": key.session},
+            time=created,
+        )
+
+    def _remember_keys(self, rows: list[SessionRow]) -> None:
+        """Read back what created the sessions of the store, also those that are gone."""
+        keys = [(s.created, s.key, s.idempotency_key, s.digest) for s in self.store.spent_keys()]
+        keys += [
+            (row.created, row.key, row.create_key, row.create_digest)
+            for row in rows
+            if row.create_key is not None
+        ]
+        for created, key, text, digest in sorted(keys):
+            self._remember_key(key, text, digest, created)
 
     def _put_away(self, key: Key) -> bool:
         session = self._sessions.get(key)

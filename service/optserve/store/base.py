@@ -26,6 +26,8 @@ from optserve_client.errors import (
 KEPT_ROWS = 100_000
 KEPT_SNAPSHOTS = 2
 CHUNK_BYTES = 2**20
+#: How long the key that created a session is known after the session is gone.
+SPENT_S = 24 * 3600.0
 
 #: What an acknowledged event survives: ``always`` power loss, ``os`` the death of this process,
 #: ``memory`` neither; see :meth:`Store.append`.
@@ -171,6 +173,17 @@ class SessionRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpentKey:
+    """The Idempotency-Key of the ``create`` event of a session that was deleted."""
+
+    key: Key
+    idempotency_key: str
+    digest: bytes
+    #: Of the event, Unix seconds.
+    created: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotRow:
     """A kept snapshot."""
 
@@ -278,8 +291,12 @@ class Store(Protocol):
     def delete(self, key: Key) -> bool:
         """Forget the journal, payloads and snapshots of ``key``; return whether there were any.
 
-        The key can then be created again, from lsn 1.
+        The key can then be created again, from lsn 1. The Idempotency-Key of its ``create`` event
+        stays known for 24 hours from that event: see :meth:`spent_keys`.
         """
+
+    def spent_keys(self) -> list[SpentKey]:
+        """Return the Idempotency-Keys that created sessions which are gone, the oldest first."""
 
     def sessions(self) -> list[SessionRow]:
         """Return the rows of all sessions of all tenants, in the order of their creation."""

@@ -90,6 +90,9 @@ class Database(ABC):
     def integrity(self) -> Iterator[str]:
         """Yield a sentence for each fault that the database finds in itself."""
 
+    def committed(self) -> None:  # noqa: B027 - nothing is due in most databases
+        """Do what is due after a commit; does not raise."""
+
     # --- writing ---
 
     @property
@@ -127,6 +130,7 @@ class Database(ABC):
             self.begin(writer, sync)
             yield writer
             writer.driver.execute("COMMIT")
+            self.committed()
         except (self.error, OverflowError, UnicodeError) as exc:
             fault = self.fault(exc)
             if fault == "broken":

@@ -13,6 +13,7 @@ from pathlib import Path
 from optserve.store.base import (
     KEPT_ROWS,
     KEPT_SNAPSHOTS,
+    SPENT_S,
     Durability,
     Event,
     Key,
@@ -21,6 +22,7 @@ from optserve.store.base import (
     PayloadWriter,
     SessionRow,
     SnapshotRow,
+    SpentKey,
     refusal,
 )
 from optserve.store.frozen import Frozen
@@ -75,6 +77,7 @@ class MemoryStore:
         self._kept_rows = kept_rows
         self._lock = threading.Lock()
         #: In the order of creation, as dicts are.
+        self._spent: list[SpentKey] = []
         self._journals: dict[Key, _Journal] = {}
         self._top_epoch = 0
         self._closed = False
@@ -217,7 +220,30 @@ class MemoryStore:
     def delete(self, key: Key) -> bool:
         with self._lock:
             self._check_open()
-            return self._journals.pop(key, None) is not None
+            if (journal := self._journals.pop(key, None)) is None:
+                return False
+            self._spend(key, journal)
+            return True
+
+    def _spend(self, key: Key, journal: _Journal) -> None:
+        assert journal.create is not None
+        created = journal.create.event
+        if created.idempotency_key is not None:
+            self._spent.append(
+                SpentKey(
+                    key=key,
+                    idempotency_key=created.idempotency_key,
+                    digest=created.digest,
+                    created=created.time,
+                )
+            )
+        before = time.time() - SPENT_S
+        self._spent = [spent for spent in self._spent if spent.created >= before]
+
+    def spent_keys(self) -> list[SpentKey]:
+        with self._lock:
+            self._check_open()
+            return sorted(self._spent, key=lambda spent: spent.created)
 
     def sessions(self) -> list[SessionRow]:
         with self._lock:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from optserve.store.database import Connection, Database
+from optserve.store.database import Connection, Database, Row
 from optserve.store.schema import FORMAT, RELEASE, meta, metadata
 
 
 class CannotOpen(Exception):
     """A store cannot be opened; one sentence that says why, and what to do."""
+
+
+class InUse(CannotOpen):
+    """Another process has the store open."""
 
 
 Migration = Callable[[Connection], None]
@@ -65,7 +70,8 @@ def _create(database: Database, tx: Connection, target: int) -> None:
         tx.run(str(CreateTable(table).compile(dialect=dialect)))
         for index in sorted(table.indexes, key=lambda index: str(index.name)):
             tx.run(str(CreateIndex(index).compile(dialect=dialect)))
-    first = {"format": target, "release": RELEASE, "top_epoch": 0, "boot": "", "clean": 1}
+    first: Row = {"format": target, "release": RELEASE, "top_epoch": 0, "boot": "", "clean": 1}
+    first["store_id"] = secrets.token_hex(8)
     tx.run(database.sql["meta_row"], first)
 
 

@@ -8,18 +8,21 @@ import sqlalchemy as sa
 
 from optserve.store.base import KEPT_ROWS, Store
 from optserve.store.database import Database, first_line
+from optserve.store.disk import OsDisk
 from optserve.store.files import PayloadFiles
 from optserve.store.lock import DirectoryLock, Locked
 from optserve.store.memory import MemoryStore
-from optserve.store.migrations import CannotOpen
+from optserve.store.migrations import CannotOpen, InUse, prepare
 from optserve.store.sql import SqlStore
 from optserve.store.sqlite import Sqlite
 from optserve_client.errors import OptserveError
 
-__all__ = ["CannotOpen", "open_store"]
+__all__ = ["CannotOpen", "InUse", "open_store"]
 
 DATABASE_NAME = "optserve.db"
 PAYLOADS_NAME = "payloads"
+#: Beside the payload files: which database they belong to.
+OWNER_NAME = "store-id"
 _URLS = "expected memory, sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME"
 
 
@@ -97,11 +100,11 @@ def _lock(*directories: Path) -> tuple[DirectoryLock, ...]:
 
 def _lock_one(directory: Path) -> DirectoryLock:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        OsDisk().make_directory(directory)
         return DirectoryLock(directory)
     except Locked as exc:
         who = "another server" if exc.pid is None else f"the server with pid {exc.pid}"
-        raise CannotOpen(
+        raise InUse(
             f"data directory {directory} is used by {who}: stop it, or name another directory"
         ) from exc
     except OSError as exc:
@@ -111,11 +114,36 @@ def _lock_one(directory: Path) -> DirectoryLock:
         ) from exc
 
 
+def _claim(files: Path, database: Database) -> None:
+    """See to it that the payload files in ``files`` are those of this database.
+
+    The others would have no row here, and be swept. Raises CannotOpen.
+    """
+    with database.reading() as now:
+        [ours] = now.column(database.sql["store_id"])
+    path = files / OWNER_NAME
+    try:
+        theirs = path.read_text().strip()
+    except FileNotFoundError:
+        theirs = ""
+    if theirs and theirs != ours:
+        raise CannotOpen(
+            f"the payload files in {files} belong to another database (store {theirs}) than "
+            f"{database.where} (store {ours}): name that one, or another directory for the files"
+        )
+    if not theirs:
+        path.write_text(f"{ours}\n")
+        OsDisk().sync_directory(files)
+
+
 def _open(
     database: Database, files: Path | None, locks: tuple[DirectoryLock, ...], kept_rows: int
 ) -> Store:
     payloads = None
     try:
+        if files is not None:
+            prepare(database)
+            _claim(files, database)
         payloads = PayloadFiles(files / PAYLOADS_NAME) if files is not None else None
         store = _Locked(database, payloads, kept_rows=kept_rows)
     except BaseException as exc:

@@ -12,7 +12,7 @@ import psycopg
 import sqlalchemy as sa
 
 from optserve.store.database import Connection, Database, Fault
-from optserve.store.migrations import CannotOpen
+from optserve.store.migrations import InUse
 from optserve.store.sqlite import machine_boot
 from optserve_client.errors import Unavailable
 
@@ -75,7 +75,7 @@ class Postgresql(Database):
                 sentence = f"{self.where} is used by {self._holder(connection)}"
                 if self._was_open:
                     raise Unavailable(sentence)
-                raise CannotOpen(f"{sentence}: stop it, or name another database")
+                raise InUse(f"{sentence}: stop it, or name another database")
             time.sleep(0.05)
 
     @staticmethod

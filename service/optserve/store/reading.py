@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Generator, Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 from sqlalchemy.pool import PoolProxiedConnection
 
-from optserve.store.base import Event, Key, Payload, SessionRow
+from optserve.store.base import Event, Key, Payload, SessionRow, SpentKey
 from optserve.store.database import Connection, Database, Row
 from optserve.store.placing import EVENT, FRAME, LostPayload, Placing
 from optserve.store.tail import Tails
@@ -161,6 +162,8 @@ class Reading:
         with self._tails.lock:
             tail = self._tails.get(key)
             rows = list(tail.rows) if tail else []
+            found = self._first_in_database(key, version) if tail else None
+        if tail is None:
             found = self._first_in_database(key, version)
         if found is not None:
             return found
@@ -214,12 +217,32 @@ class Reading:
             updates=moved["updates"],
             created=row["created"],
             changed=moved["changed"],
-            about=self._json(about, f"the row of session {key.session!r}"),
+            about=self._about(about),
             durability=row["durability"],
             suspect=bool(row["suspect"]),
             create_key=row["create_key"],
             create_digest=bytes(row["create_digest"]),
         )
+
+    @staticmethod
+    def _about(text: str) -> dict[str, Any]:
+        """One that cannot be read leaves a gap in a list, and no more."""
+        with suppress(ValueError):
+            value = json.loads(text)
+            return value if isinstance(value, dict) else {}
+        return {}
+
+    def spent_keys(self) -> list[SpentKey]:
+        with self._database.reading() as now:
+            return [
+                SpentKey(
+                    key=Key(row["tenant"], row["session"]),
+                    idempotency_key=row["idempotency_key"],
+                    digest=bytes(row["digest"]),
+                    created=row["created"],
+                )
+                for row in now.rows(self._sql["spent_keys"])
+            ]
 
     # --- snapshots ---
 

@@ -46,6 +46,7 @@ def _lsn() -> sa.Column[int]:
 
 
 #: One row. ``clean``: the last server closed the store. ``boot``: see ``Database.boot``.
+#: ``store_id``: random; directories of payload files that belong to this database know it.
 meta = sa.Table(
     "meta",
     metadata,
@@ -54,6 +55,7 @@ meta = sa.Table(
     sa.Column("top_epoch", sa.BigInteger, nullable=False),
     sa.Column("boot", sa.Text, nullable=False),
     sa.Column("clean", sa.Integer, nullable=False),
+    sa.Column("store_id", sa.Text, nullable=False),
 )
 
 sessions = _table(
@@ -119,6 +121,18 @@ snapshots = _table(
     sa.Column("payload_bytes", sa.BigInteger, nullable=False),
     sa.Column("payload_digest", sa.LargeBinary, nullable=False),
     sa.Column("payload_file", sa.Text),
+)
+
+#: Idempotency-Keys of the ``create`` events of deleted sessions.
+spent_keys = sa.Table(
+    "spent_keys",
+    metadata,
+    sa.Column("tenant", _Name, primary_key=True),
+    sa.Column("idempotency_key", _Name, primary_key=True),
+    sa.Column("session", _Name, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("created", sa.Double, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 #: Payloads of events (``frame`` 0) and frames of snapshots (1) that are not in files.
@@ -224,6 +238,22 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
     "drop_snapshots_from": sa.delete(snapshots).where(
         _of(snapshots), snapshots.c.lsn >= bind("k_from")
     ),
+    "spend_key": sa.insert(spent_keys).from_select(
+        ["tenant", "idempotency_key", "session", "digest", "created"],
+        sa.select(
+            sessions.c.tenant,
+            sessions.c.create_key,
+            sessions.c.session,
+            sessions.c.create_digest,
+            sessions.c.created,
+        ).where(_of(sessions), sessions.c.create_key.is_not(None)),
+    ),
+    "unspend_key": sa.delete(spent_keys).where(
+        spent_keys.c.tenant == bind("k_tenant"),
+        spent_keys.c.idempotency_key.in_(sa.select(sessions.c.create_key).where(_of(sessions))),
+    ),
+    "spent_keys": sa.select(spent_keys).order_by(spent_keys.c.created),
+    "forget_keys": sa.delete(spent_keys).where(spent_keys.c.created < bind("k_before")),
     "drop_session": sa.delete(sessions).where(_of(sessions)),
     "first_lsn": sa.select(sa.func.min(events.c.lsn)).where(_of(events)),
     "version_at": sa.select(events.c.version).where(_of(events), events.c.lsn == bind("k_lsn")),
@@ -264,6 +294,7 @@ STATEMENTS: dict[str, sa.ClauseElement] = {
     ),
     "last_place": sa.select(sa.func.max(sessions.c.place)),
     "meta": sa.select(meta),
+    "store_id": sa.select(meta.c.store_id),
     "meta_row": _insert(meta),
     "opened": sa.update(meta).values(
         boot=bind("boot"), release=bind("release"), clean=bind("clean")

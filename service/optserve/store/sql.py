@@ -7,12 +7,14 @@ they belong, and `database` with its two kinds is the only one that knows a driv
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 
 from optserve.store.base import (
     KEPT_ROWS,
+    SPENT_S,
     Durability,
     Event,
     Key,
@@ -21,6 +23,7 @@ from optserve.store.base import (
     PayloadWriter,
     SessionRow,
     SnapshotRow,
+    SpentKey,
 )
 from optserve.store.commits import Commits
 from optserve.store.database import Database, Row
@@ -75,6 +78,7 @@ class SqlStore:
             self._writing.dirty = {Key(r["tenant"], r["session"]) for r in tx.rows(sql["dirty"])}
             opened = {"release": RELEASE, "boot": self._boot, "clean": 0}
             tx.run(sql["opened"], opened)
+            tx.run(sql["forget_keys"], {"k_before": time.time() - SPENT_S})
         if self._files is None:
             return
         with self._database.reading() as now:
@@ -223,6 +227,10 @@ class SqlStore:
     def sessions(self) -> list[SessionRow]:
         self._check_open()
         return self._reading.sessions()
+
+    def spent_keys(self) -> list[SpentKey]:
+        self._check_open()
+        return self._reading.spent_keys()
 
     def session(self, key: Key) -> SessionRow | None:
         self._check_open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import uuid
 from collections.abc import Iterator
 from functools import cache
@@ -19,6 +20,8 @@ BUSY_TIMEOUT_S = 10
 #: Free pages that may stay in the file, and how many go at once.
 FREE_PAGES = 4096
 TIDY_PAGES = 2048
+#: Pages that the log may grow by before they are brought into the database.
+CHECKPOINT_FRAMES = 1000
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -50,6 +53,10 @@ class Sqlite(Database):
         sa.event.listen(engine, "connect", _manual_transactions)
         super().__init__(engine, f"the database {path}")
         self._sync: bool | None = None
+        #: The file of the log's index.
+        self._index: int | None = None
+        self._indexes: list[int] = []
+        self._copied_frames = 0
 
     def connect(self) -> Connection:
         driver: Any = self._driver()
@@ -58,7 +65,8 @@ class Sqlite(Database):
         except BaseException:
             driver.close()
             raise
-        self._sync = None
+        driver.execute("PRAGMA wal_autocheckpoint=0")
+        self._sync, self._copied_frames = None, 0
         return Connection(driver)
 
     def _driver(self) -> Any:
@@ -72,8 +80,8 @@ class Sqlite(Database):
         [mode] = driver.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise Unavailable(f"{self.where} cannot be in WAL mode here, only in {mode!r}")
-        if new:
-            sync_directory(self.path.parent)
+        # Also if it is not new: who made it may have been killed before this.
+        sync_directory(self.path.parent)
         return driver
 
     def _recover(self, driver: Any) -> None:
@@ -106,6 +114,45 @@ class Sqlite(Database):
             self._recover(self.writer.driver)
         except sqlite3.Error as exc:
             raise self.translated(exc) from exc
+        except OSError as exc:
+            raise Unavailable(f"{self.where} failed: {exc.strerror}") from exc
+
+    def committed(self) -> None:
+        """Bring the log into the database when it has grown.
+
+        SQLite would do so by itself, and keep to itself that a sync failed: the next one would
+        succeed, behind a hole.
+        """
+        frames = self._log_frames()
+        if frames < self._copied_frames:  # a new log was begun
+            self._copied_frames = 0
+        if frames < self._copied_frames + CHECKPOINT_FRAMES:
+            return
+        try:
+            self.writer.driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._copied_frames = frames
+        except sqlite3.Error:
+            # What was committed is in the log, as safe as it should be. No later sync of this log
+            # is to be believed: the next writer copies all of it anew.
+            self.drop_writer()
+
+    def _log_frames(self) -> int:
+        """Return how many pages the log has: ``mxFrame`` of the index's header (walformat.html)."""
+        if self._index is None:
+            self._index = os.open(f"{self.path}-shm", os.O_RDONLY | os.O_CLOEXEC)
+        return int.from_bytes(os.pread(self._index, 4, 16), sys.byteorder)
+
+    def drop_writer(self) -> None:
+        if self._index is not None:
+            # Closing it now would take away the locks that SQLite has on the same file.
+            self._indexes.append(self._index)
+            self._index = None
+        super().drop_writer()
+
+    def close(self) -> None:
+        super().close()
+        while self._indexes:
+            os.close(self._indexes.pop())
 
     def tidy(self) -> None:
         try:

@@ -351,6 +351,8 @@ class Writing:
         after.files += tx.column(self._sql["frame_files"], everything)
         for name in ("drop_events_from", "drop_parts_from", "drop_snapshots_from"):
             tx.run(self._sql[name], everything)
+        tx.run(self._sql["unspend_key"], of(key))  # of an earlier session with the same key
+        tx.run(self._sql["spend_key"], of(key))
         after.untidy = True
         after.calls.append(lambda: self._tails.drop(key))
         after.calls.append(lambda: self.dirty.discard(key))
