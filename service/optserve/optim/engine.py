@@ -321,6 +321,9 @@ class Engine:
             ]
         )
         norm, used = total_norm(grads), self.groups()
+        if recorded is not None and not recorded["applied"]:
+            self.line_search.remember(loss, flat)
+            return Outcome(applied=False, grad_norm=norm, groups=used)
         if not self.line_search.evaluate(loss, flat, self.params):
             return Outcome(applied=False, grad_norm=norm, groups=used)
         moved = self._after_update(metric, recorded)

@@ -35,6 +35,7 @@ class LineSearch:
         self.start: Arena | None = None
         #: Where the next evaluation is wanted; None between steps.
         self.trial: Arena | None = None
+        self._behind = False
 
     @property
     def open(self) -> bool:
@@ -44,6 +45,7 @@ class LineSearch:
         """Forget the step that is under way; params and history are as before it."""
         self.record = []
         self.start = self.trial = None
+        self._behind = False
 
     def evaluate(self, loss: float, flat_grad: torch.Tensor, params: Arena) -> bool:
         """Add one evaluation and run torch's step over the record; True when the step is complete.
@@ -51,6 +53,23 @@ class LineSearch:
         ``params`` changes only then; until then :attr:`trial` holds the params to evaluate at.
         """
         self.record.append((loss, flat_grad.clone()))
+        return self._run(params)
+
+    def remember(self, loss: float, flat_grad: torch.Tensor) -> None:
+        """Add an evaluation that is known not to complete the step; :meth:`catch_up` is due.
+
+        A journal that is replayed would else run torch's step once per evaluation.
+        """
+        self.record.append((loss, flat_grad.clone()))
+        self._behind = True
+
+    def catch_up(self, params: Arena) -> None:
+        """Find the trial params after what was only remembered."""
+        if self._behind:
+            self._run(params)
+
+    def _run(self, params: Arena) -> bool:
+        self._behind = False
         live = params.flat.clone()
         if self.start is not None:
             params.flat.copy_(self.start.flat)

@@ -48,6 +48,13 @@ def replay(
     ends before the first event whose payload does not read back. Raises SessionNotFound, and
     Damaged or Internal when something that is needed is gone.
     """
+    state = _fold(store, key, upto_lsn, lossy)
+    if state.engine.line_search is not None:
+        state.engine.line_search.catch_up(state.engine.params)
+    return state
+
+
+def _fold(store: Store, key: Key, upto_lsn: int | None, lossy: bool) -> SessionState:
     state = _newest_snapshot(store, key, upto_lsn)
     events = store.events(key, after_lsn=state.lsn if state else 0, upto_lsn=upto_lsn)
     for event in events:
@@ -153,7 +160,8 @@ def _apply_step(state: SessionState, step: Step, event: Event) -> None:
         if event.kind == "evaluate"
         else state.engine.inspect(step, step.fields.loss_scale),
     )
-    stepping.apply(state, prepared, recorded=event.record["outcome"])
+    recorded = {**event.record["outcome"], "applied": event.record["reply"]["applied"]}
+    stepping.apply(state, prepared, recorded=recorded)
 
 
 def read_step(state: SessionState, event: Event) -> Step:
