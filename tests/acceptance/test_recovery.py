@@ -23,7 +23,8 @@ from tests import oracle
 from tests.data import make_format
 from tests.oracle import Story, Tree
 from tests.serving import ServerProcess, free_port
-from tests.training import SPECS, Owned, Spec
+from tests.specs import SPECS, Spec
+from tests.training import Owned
 
 NAMES = [spec.name for spec in SPECS]
 PARAMS = {"w": [1.0, 2.0, 3.0]}

@@ -163,17 +163,18 @@ class SqlStore:
 
     def snapshot(self, key: Key, lsn: int, frame: Payload, pin: str | None = None) -> None:
         self._check_open()
-        placed = None
+        placed, committing = None, False
         try:
             placed = self._placing.place(frame)
             if self._files is not None and placed.file is not None:
                 self._files.settle(placed.file)
                 self._files.verify(placed.file)
+            committing = True
             with self._commits.change(key) as (tx, after):
                 self._writing.snapshot(tx, key, lsn, placed, pin, after)
         except BaseException as exc:
-            # After Unavailable a row may name the file; if none does, the next start removes it.
-            if not isinstance(exc, Unavailable):
+            # A commit that is Unavailable may name the file; else the next start removes it.
+            if not (committing and isinstance(exc, Unavailable)):
                 frame.discard()
                 if placed is not None:
                     placed.give_up()
