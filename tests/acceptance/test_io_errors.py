@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import shutil
+import signal
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import lives, syscalls
+from optserve_client import Client, errors
+from tests import lives, oracle, syscalls
 from tests.lives import STRIDE, TODAY, Life, Reference
 from tests.record import Figure
+from tests.serving import ServerProcess
 from tests.syscalls import Call
 from tests.zygote import Zygote
 
@@ -206,3 +215,61 @@ def judge_entries(life: Life, faults: Faults, directory: Path) -> None:
         elif call.name == "fsync" and call.path == str(directory / "payloads"):
             assert not (failed and waiting & named), f"{waiting & named} may have lost their names"
             waiting.clear()
+
+
+# --- over HTTP -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def failing_syncs(pid: int) -> Iterator[None]:
+    """Let every sync of a running process fail with EIO, for as long as the block takes."""
+    strace = ["strace", "-f", "-qq", "-o", os.devnull, "-p", str(pid)]
+    calls = ["-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO"]
+    process = subprocess.Popen([*strace, *calls])
+    try:
+        until = time.monotonic() + 10
+        while not all(
+            f"TracerPid:\t{process.pid}\n" in (task / "status").read_text()
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ):
+            assert process.poll() is None, "strace cannot attach"
+            assert time.monotonic() < until, "strace does not attach"
+            time.sleep(0.01)
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)  # it lets go, and the process runs on
+        process.wait(10)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize("shape", [(5, 7), (150, 150)], ids=["row", "file"])
+def test_while_no_sync_works_steps_are_503_and_reading_goes_on(shape: tuple[int, ...]) -> None:
+    body: dict[str, Any] = {"optimizer": {"name": "Adam", "lr": 0.1}}
+    params = oracle.tensors(1, {"w": shape})
+    twin = oracle.Twin(body, params, "fused")
+    with (
+        ServerProcess() as server,
+        Client(server.url, retries=0) as hasty,
+        Client(server.url) as patient,
+    ):
+        session = hasty.create(body["optimizer"], params, impl="fused", id="a")
+        other = patient.create(body["optimizer"], params, impl="fused", id="b")
+        for one in (session, other):
+            one.step(oracle.tensors(2, {"w": shape}))
+        twin.push(oracle.tensors(2, {"w": shape}), None, 0)
+        with failing_syncs(server.process.pid):
+            for _ in range(3):  # the same call again, as the client's docstring says
+                with pytest.raises(errors.Unavailable) as caught:
+                    session.step(oracle.tensors(3, {"w": shape}))
+                assert (caught.value.status, caught.value.code) == (503, "unavailable")
+                assert other.params().version == 1
+                twin.check(other.export_state(), 1, 1)
+            waiting = threading.Thread(target=other.step, args=[oracle.tensors(3, {"w": shape})])
+            waiting.start()
+            waiting.join(0.5)
+            assert waiting.is_alive(), "a step was answered though nothing could be synced"
+        waiting.join(60)
+        assert session.step(oracle.tensors(3, {"w": shape})).applied_version == 2
+        twin.push(oracle.tensors(3, {"w": shape}), None, 1)
+        for one in (session, other):
+            twin.check(one.export_state(), 2, 2)

@@ -63,7 +63,7 @@ def test_a_session_above_the_budget_is_refused_with_both_numbers(one_session: in
             create(made, ADAM, arrays(0, SHAPES))
         assert caught.value.detail == (
             f"session 'a' takes about {one_session} bytes of memory, "
-            f"the server's memory budget is {one_session - 1}"
+            f"the server's memory budget is {one_session - 1} (--memory-budget)"
         )
         with pytest.raises(SessionNotFound):
             made.get("default", "a")

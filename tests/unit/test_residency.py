@@ -57,7 +57,7 @@ def test_where_all_are_busy_the_refusal_has_the_numbers_and_nothing_changes() ->
         seats.admit("b", 50)
     assert caught.value.detail == (
         "session 'b' takes about 50 bytes of memory, "
-        "60 of the server's memory budget of 100 are in use"
+        "60 of the server's memory budget of 100 are taken by sessions that are busy"
     )
     assert seats.residents.total == 60
 
@@ -68,7 +68,8 @@ def test_a_session_above_the_whole_budget_is_refused_with_both_numbers() -> None
     with pytest.raises(TooLarge) as caught:
         seats.admit("b", 101)
     assert caught.value.detail == (
-        "session 'b' takes about 101 bytes of memory, the server's memory budget is 100"
+        "session 'b' takes about 101 bytes of memory, "
+        "the server's memory budget is 100 (--memory-budget)"
     )
     assert seats.gone == []
 

@@ -77,7 +77,11 @@ class _Call:
                     f"{exc.detail}; with optimizer and params it is created"
                 ) from exc
             return None
-        await loaded(session)
+        try:
+            await loaded(session)
+        except SessionNotFound:  # deleted just now
+            return await self.find(registry)
+        session.shared = True
         if self.create is not None:
             registry.check_same(session, self.create)
         return session

@@ -200,7 +200,7 @@ async def fork_session(
     session_id: SessionId, request: Request, media: Media, claim: Claim
 ) -> Response:
     """The copy has everything of the original, a generation of its own, and goes its own way."""
-    incoming = await read_request(request, claim, "fork", needs=None)
+    incoming = await read_request(request, claim, f"fork {session_id}", needs=None)
     registry = registry_of(request)
     reply = await done(registry.fork(TENANT, session_id, incoming.fields, incoming.identity))
     return await encode_reply(media, reply)

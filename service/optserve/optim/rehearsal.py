@@ -73,12 +73,12 @@ def rehearse_change(engine: Engine, index: int, change: Mapping[str, Any]) -> No
 
 def rehearse_group(
     engine: Engine, fields: Mapping[str, Any], params: Mapping[str, wire.Tensor]
-) -> None:
-    """Rehearse the engine's recipe with one more group of new params."""
+) -> int:
+    """Rehearse the engine's recipe with one more group of new params; return as rehearse."""
     shapes = [(slot.name, slot.shape) for slot in engine.layout.slots]
     added = [(name, tuple(tensor.shape)) for name, tensor in params.items()]
     groups = (*engine.recipe.groups, {**fields, "params": list(params)})
-    rehearse(
+    return rehearse(
         replace(engine.recipe, groups=groups), Layout.pack(engine.layout.dtype, shapes + added)
     )
 

@@ -94,10 +94,15 @@ def from_file(data: bytes | bytearray | memoryview, device: str, promise: str) -
     """Return the seed of a state file."""
     frame = frames.decode(data)
     config, engine = read_engine(frame, device)
-    config = {**config, "durability": promise}
+    # What this server promises, and for how long, is not the file's to say.
+    config = {**config, "durability": promise, "ttl_s": None}
     return Seed(
         record=_record(
-            config, configs.origin(config, frame.layout), from_frame=True, keeps_ledger=True
+            config,
+            configs.origin(config, frame.layout),
+            from_frame=True,
+            keeps_ledger=True,
+            inexact=frames.inexact(frame),
         ),
         frame=[memoryview(data)],
         nbytes=engine.nbytes(),

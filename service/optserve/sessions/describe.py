@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,19 @@ from optserve.sessions.stepping import scheduler_line
 from optserve.store.base import Event, Key, SessionRow, Store
 from optserve_client import wire
 from optserve_client.errors import Conflict
+
+#: What is said of a session whose row cannot be read.
+UNKNOWN: Mapping[str, Any] = {
+    "name": None,
+    "tags": {},
+    "optimizer": "?",
+    "generation": "",
+    "numel": 0,
+    "dtype": "?",
+    "durability": "?",
+    "ttl_s": None,
+    "resident_bytes": 0,
+}
 
 
 def about(state: SessionState, resident_bytes: int) -> dict[str, Any]:

@@ -47,6 +47,12 @@ def encode(meta: Mapping[str, Any], tensors: Mapping[str, wire.Tensor]) -> list[
     return wire.encode(tensors, {wire.META_KEY: text})
 
 
+def inexact(frame: Frame) -> str | None:
+    """Return why the numbers in a state file may differ in their last bits from those answered."""
+    reason = frame.meta.get("inexact")
+    return reason if isinstance(reason, str) else None
+
+
 def _text(value: Mapping[str, Any]) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 

@@ -20,6 +20,7 @@ from optserve.sessions.step import Expected
 from optserve.sessions.turn import Executor
 from optserve.sessions.weights import publish
 from optserve.store.base import SessionRow, Store
+from optserve_client.errors import SessionNotFound
 
 #: A session that is put away gets a snapshot if replay would take longer than this.
 PUT_AWAY_REPLAY_S = 0.1
@@ -62,7 +63,9 @@ class Holding:
         self.origin: Mapping[str, Any] = {}
         #: The live params of the current version, if somebody wanted them.
         self.published: Published | None = None
-        self.snapshots = Snapshots(home.store, row.key, home.background)
+        self.snapshots = Snapshots(
+            home.store, row.key, row.last_lsn if state is None else state.lsn, home.background
+        )
         self.past = Past(home.store, row.key)
         self._home = home
         self._owner_epoch = owner_epoch
@@ -71,9 +74,11 @@ class Holding:
         if state is not None:
             self._adopt(state)
 
-    @property
-    def owner_epoch(self) -> int:
-        return self._owner_epoch or 0
+    def own(self) -> int:
+        """Return the owner epoch to commit with; the first call may write."""
+        if self._owner_epoch is None:
+            self._owner_epoch = self._home.store.claim(self.row.key)
+        return self._owner_epoch
 
     def known_shape(self) -> Shape:
         assert self.shape is not None, "the session was not loaded"
@@ -85,23 +90,34 @@ class Holding:
 
     def loaded(self, put_away: Callable[[], bool]) -> SessionState:
         """Return the state; read it back first if need be, when others made room for it."""
-        key, residents = self.row.key, self._home.residents
+        residents = self._home.residents
         if self._state is None:
-            residents.admit(key, self.row.about["resident_bytes"], put_away)
+            residents.admit(self.row.key, self.row.about["resident_bytes"], put_away)
             try:
-                if self._owner_epoch is None:
-                    self._owner_epoch = self._home.store.claim(key)
-                began = time.perf_counter()
-                state = read_back(self._home.store, self.row, self._owner_epoch)
-                self.snapshots.replayed(state.lsn, time.perf_counter() - began)
-                self._adopt(state)
+                self._read_back()
             except BaseException:
-                residents.release(key)
+                residents.release(self.row.key)
                 raise
-            self.snapshots.write_if_due(state)
-        residents.used(key)
+        residents.used(self.row.key)
         assert self._state is not None
         return self._state
+
+    def _read_back(self) -> None:
+        store, key = self._home.store, self.row.key
+        with self.snapshots.paused():
+            row = store.session(key)  # what it says of lost events may be news
+            if row is None:
+                raise SessionNotFound(f"no session {key.session!r}")
+            began = time.perf_counter()
+            state = read_back(store, row, self.own)
+            self.snapshots.replayed(state.lsn, time.perf_counter() - began)
+        self._adopt(state)
+        self.snapshots.write_if_due(state)
+
+    def admit(self, nbytes: int | None, put_away: Callable[[], bool]) -> None:
+        """Make room for what a change will make of the session; None: it stays as large."""
+        if nbytes is not None and nbytes > self._nbytes:
+            self._home.residents.admit(self.row.key, nbytes, put_away)
 
     def _adopt(self, state: SessionState) -> None:
         self._state = state
@@ -159,22 +175,32 @@ class Holding:
     def drop(self) -> None:
         """Forget the state as it is; the next use reads it back."""
         self._state = self.published = None
+        self._home.residents.release(self.row.key)
 
-    def put_away(self) -> None:
-        """Free the memory; raises where the journal alone would lose something."""
+    def put_away(self) -> bool:
+        """Free the memory, unless the journal alone would lose something; return whether it did."""
         state = self._state
         if state is None:
-            return
-        if self.snapshots.behind and state.config["durability"] == "memory":
+            self._home.residents.release(self.row.key)
+            return True
+        if self.snapshots.under_way:
+            return False
+        if self._only_here():
             self.snapshots.write(state)
         elif self.snapshots.replay_s > PUT_AWAY_REPLAY_S:
             self.snapshots.begin(state)
         shape = self.known_shape()
         self.shape = Shape(shape.expected, GradientPool(shape.pool.layout))
         self.drop()
-        self._home.residents.release(self.row.key)
+        return True
 
-    def write_snapshot(self) -> None:
-        """Write a snapshot if anything was committed since the last one."""
-        if self._state is not None and self.snapshots.behind:
+    def _only_here(self) -> bool:
+        """Whether acknowledged events are in this process alone."""
+        return self.row.durability == "memory" and self.row.last_lsn > self.snapshots.kept_lsn
+
+    def write_snapshot(self, put_away: Callable[[], bool]) -> None:
+        """Write a snapshot if that spares the next start a replay, or loses it nothing."""
+        if self._only_here():
+            self.snapshots.write(self.loaded(put_away))
+        elif self._state is not None and self.snapshots.behind:
             self.snapshots.write(self._state)

@@ -44,13 +44,20 @@ class Expiry:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closed.wait(self._sweep()):
-            pass
+        wait_s = 0.0
+        while not self._closed.wait(wait_s):
+            try:
+                wait_s = self._sweep()
+            except Exception:
+                log.exception("expired sessions were not looked for")
+                wait_s = LOOK_S
 
     def _sweep(self) -> float:
         """Delete what is due; return seconds until the next may be."""
         wait_s = LOOK_S
         for session in self._sessions():
+            if self._closed.is_set():
+                break
             left_s = self._left_s(session)
             if left_s is not None and left_s <= 0:
                 self._expire(session)
@@ -68,6 +75,7 @@ class Expiry:
         def job() -> None:
             left_s = self._left_s(session)
             if not session.closed and left_s is not None and left_s <= 0:
+                session.stop_snapshots()
                 self._delete(session)
                 log.info("a session's time to live is over", session=session.id)
 

@@ -20,7 +20,8 @@ class Operation(Protocol):
     def frame(self) -> Buffers | None:
         """What the journal keeps as the event's payload."""
 
-    def check(self, state: SessionState, abandon: bool) -> None: ...
+    def check(self, state: SessionState, abandon: bool) -> int | None:
+        """Raise what speaks against it; return about what the session will take, if that grows."""
 
     def apply(self, state: SessionState) -> Change: ...
 

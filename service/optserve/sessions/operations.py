@@ -99,7 +99,7 @@ class Patch:
     def _computes(self) -> bool:
         return not self.config.keys() <= {"durability", "ttl_s", *Description.model_fields}
 
-    def check(self, state: SessionState, abandon: bool) -> None:
+    def check(self, state: SessionState, abandon: bool) -> int | None:
         if not self.config:
             raise Invalid("the body is empty: name what is to change")
         if self._computes():
@@ -112,9 +112,9 @@ class Patch:
                 raise Invalid(f"accumulate cannot be used with {state.engine.entry.name}")
         if self.config.get("accumulate", state.config["accumulate"]) != state.config["accumulate"]:
             state.check_no_window()
-        if self._computes():
-            recipe = configs.recipe({**state.config, **self.config})
-            rehearsal.rehearse(recipe, state.layout)
+        if not self._computes():
+            return None
+        return rehearsal.rehearse(configs.recipe({**state.config, **self.config}), state.layout)
 
     def apply(self, state: SessionState) -> Change:
         if self._computes():
@@ -177,7 +177,7 @@ class AddGroup:
     def frame(self) -> Buffers | None:
         return wire.encode({f"param/{name}": tensor for name, tensor in self.params.items()})
 
-    def check(self, state: SessionState, abandon: bool) -> None:
+    def check(self, state: SessionState, abandon: bool) -> int | None:
         engine = state.engine
         if not engine.entry.groups:
             raise Invalid(f"{engine.entry.name} has one group only")
@@ -199,7 +199,7 @@ class AddGroup:
         fields = engine.entry.normalise_group(from_json(self.fields), "group")
         if engine.scheduler is not None:
             engine.scheduler.check_new_group()
-        rehearsal.rehearse_group(engine, fields, self.params)
+        return rehearsal.rehearse_group(engine, fields, self.params)
 
     def apply(self, state: SessionState) -> Change:
         state.end_line_search()
@@ -300,10 +300,12 @@ class Import:
     def frame(self) -> Buffers | None:
         return [memoryview(self.data)]
 
-    def check(self, state: SessionState, abandon: bool) -> None:
+    def check(self, state: SessionState, abandon: bool) -> int | None:
         state.check_line_search(abandon)
         frame = frames.decode(self.data)
-        self.decoded.append((frame, *read_engine(frame, state.config["device"])))
+        config, engine = read_engine(frame, state.config["device"])
+        self.decoded.append((frame, config, engine))
+        return engine.nbytes()
 
     def apply(self, state: SessionState) -> Change:
         if not self.decoded:
@@ -314,6 +316,7 @@ class Import:
         # What this server promises is not the file's to say.
         stays = {name: state.config[name] for name in ("durability", "ttl_s")}
         state.replace_by({**config, **stays}, engine)
+        state.inexact = state.inexact or frames.inexact(frame)
         return Change(kind="import", moves=True, updates=updates)
 
 

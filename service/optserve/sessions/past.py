@@ -20,7 +20,8 @@ class Past:
         self._key = key
 
     def state_at(self, version: int, state: SessionState) -> SessionState:
-        """Return the state after the event that made ``version``; ``state`` itself if it is at it.
+        """Return a state at ``version``: after the event that made it, or, where only a snapshot is
+        left, as that has it; ``state`` itself if it is at it.
 
         Raises Invalid for a version that is not there yet or cannot be reached any more.
         """

@@ -48,6 +48,7 @@ class Rollback(Reaching):
         )
         updates = frame.meta["updates"] - state.updates
         state.replace_by(config, engine)
+        state.inexact = state.inexact or frames.inexact(frame)
         return Change(
             kind="rollback", moves=True, updates=updates, request={"version": self.version}
         )

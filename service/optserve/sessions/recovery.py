@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -15,7 +15,7 @@ from optserve.sessions.replay import replay
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
 from optserve.store.base import Event, Key, SessionRow, Store
-from optserve_client.errors import Damaged, OutOfSpace, SessionNotFound, Unavailable
+from optserve_client.errors import Damaged, Invalid, OutOfSpace, SessionNotFound, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -61,17 +61,23 @@ def _said(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def read_back(store: Store, row: SessionRow, owner_epoch: int) -> SessionState:
+def read_back(store: Store, row: SessionRow, own: Callable[[], int]) -> SessionState:
     """Return the state of a session as its journal has it.
 
-    Where acknowledged events may be gone, a new generation begins. Raises Damaged, with a cure, for
-    a journal that cannot be read.
+    Where acknowledged events may be gone, a new generation begins, with the owner epoch that
+    ``own`` returns. Raises Damaged, with a cure, for a journal that cannot be read, and Unavailable
+    where the journal may be whole and this process cannot read it.
     """
     name = row.key.session
     try:
         state = replay(store, row.key, lossy=row.suspect)
     except (Unavailable, OutOfSpace, SessionNotFound):
         raise
+    except (Invalid, MemoryError, OSError) as exc:
+        reason = exc.detail if isinstance(exc, Invalid) else repr(exc)
+        raise Unavailable(
+            f"session {name!r} cannot be read back by this server: {reason:.300}", retry_after=5
+        ) from exc
     except Exception as exc:
         log.exception("a session cannot be read back", session=name)
         raise Damaged(
@@ -80,7 +86,7 @@ def read_back(store: Store, row: SessionRow, owner_epoch: int) -> SessionState:
             "DELETE removes the session"
         ) from exc
     if row.suspect:
-        _rewind(store, row.key, state, owner_epoch)
+        _rewind(store, row.key, state, own())
     return state
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from optserve.optim import devices
 from optserve.sessions import config as configs
-from optserve.sessions import creation
+from optserve.sessions import creation, describe
 from optserve.sessions.creation import Seed
 from optserve.sessions.holding import Home
 from optserve.sessions.housekeeping import Expiry
 from optserve.sessions.ledger import Identity, Ledger
 from optserve.sessions.listing import page
-from optserve.sessions.made import Made, answer, check_origin
+from optserve.sessions.made import Made, answer, check_same
 from optserve.sessions.operations import Import
 from optserve.sessions.reply import Reply
 from optserve.sessions.residency import Residents
@@ -36,8 +37,6 @@ log = structlog.get_logger(__name__)
 _NOBODY = Key("", "")
 #: How long a stop may take for snapshots; what has none then is replayed at the next start.
 SNAPSHOTS_S = 5.0
-#: Create bodies of one-call steps that are known to be equal to a session's, per session.
-_REMEMBERED_BODIES = 8
 
 
 class Registry:
@@ -74,7 +73,10 @@ class Registry:
         self._created: dict[str, Ledger] = {}
         self._owner_epoch = store.claim(_NOBODY)
         rows = store.sessions()
+        rows = [replace(row, about={**describe.UNKNOWN, **row.about}) for row in rows]
         self._sessions = {row.key: Session(self._home, row) for row in rows}
+        #: For what must hold between the sessions here and those of the store.
+        self._lock = threading.RLock()
         self._remember_keys(rows)
         #: Of creations and deletions that may have been committed although they failed.
         self._doubtful: set[Key] = set()
@@ -102,15 +104,15 @@ class Registry:
 
     def _write_snapshots(self, until: float) -> None:
         """Spare the next start a replay; sessions that keep their events in memory come first."""
-        sessions = sorted(self._sessions.values(), key=lambda s: s.row.durability != "memory")
-        for session in sessions:
-            if time.monotonic() > until:
-                log.warning("no time for a snapshot of every session", since=session.id)
-                return
-            try:
-                session.snapshot().result(max(until - time.monotonic(), 0.1))
-            except Exception as exc:
-                log.warning("no snapshot was written", session=session.id, why=repr(exc))
+        everybody = list(self._sessions.values())
+        for memory in (True, False):
+            chosen = [s for s in everybody if (s.row.durability == "memory") is memory]
+            written = [(session.id, session.snapshot()) for session in chosen]
+            for session_id, future in written:
+                try:
+                    future.result(max(until - time.monotonic(), 0.1))
+                except Exception as exc:
+                    log.warning("no snapshot was written", session=session_id, why=repr(exc))
 
     def get(self, tenant: str, session_id: str) -> Session:
         """Return a session, or raise SessionNotFound."""
@@ -124,12 +126,19 @@ class Registry:
 
     def _settle(self, key: Key) -> None:
         """Learn from the store whether there is a session; raises Unavailable if it cannot tell."""
-        row, known = self.store.session(key), self._sessions.get(key)
-        if row is not None and known is None:
-            self._keep(Session(self._home, row), row)
-        elif row is None and known is not None:
-            self._dismiss(known)
-        self._doubtful.discard(key)
+        with self._lock:
+            known, row = self._sessions.get(key), self.store.session(key)
+            if row is not None and known is None:
+                self._keep(Session(self._home, row), row)
+            elif row is None and known is not None:
+                self._dismiss(known)
+            self._doubtful.discard(key)
+
+    def _find(self, key: Key) -> Session | None:
+        try:
+            return self.get(*key)
+        except SessionNotFound:
+            return None
 
     def page(
         self,
@@ -183,12 +192,11 @@ class Registry:
             return self._repeat(Key(tenant, known))
         seed = make()
         key = Key(tenant, session_id or f"s-{secrets.token_hex(8)}")
-        try:
-            session = self.get(*key)
-        except SessionNotFound:
+        if (session := self._find(key)) is None:
             return Made(self._begin(key, seed, identity), created=True)
         if not exist_ok:
             raise SessionExists(f"session {session.id!r} exists", version=session.version)
+        session.shared = True
         return Made(session, origin=seed.origin)
 
     def _known_key(self, tenant: str, identity: Identity) -> str | None:
@@ -227,15 +235,18 @@ class Registry:
 
     def _begin(self, key: Key, seed: Seed, identity: Identity) -> Session:
         """Commit the create event of a new session and keep it."""
-        self.residents.admit(key, seed.nbytes, lambda: self._put_away(key))
-        try:
-            row, state = creation.begin(self.store, key, seed, identity, self._owner_epoch)
-        except BaseException as exc:
-            self.residents.release(key)
-            if isinstance(exc, (Unavailable, SessionExists)):
-                self._doubtful.add(key)
-            raise
-        return self._keep(Session(self._home, row, state, self._owner_epoch), row)
+        with self._lock:  # forks run in the turns of their sources
+            if key in self._sessions:
+                raise SessionExists(f"session {key.session!r} exists")
+            self.residents.admit(key, seed.nbytes, lambda: self._put_away(key))
+            try:
+                row, state = creation.begin(self.store, key, seed, identity, self._owner_epoch)
+            except BaseException as exc:
+                self.residents.release(key)
+                if isinstance(exc, (Unavailable, SessionExists)):
+                    self._doubtful.add(key)
+                raise
+            return self._keep(Session(self._home, row, state, self._owner_epoch), row)
 
     def _keep(self, session: Session, row: SessionRow) -> Session:
         self._sessions[session.key] = session
@@ -287,7 +298,7 @@ class Registry:
                 return self._repeat(Key(tenant, known))
             state.check_generation(fields.generation)
             key = Key(tenant, fields.id or f"s-{secrets.token_hex(8)}")
-            if key in self._sessions:
+            if self._find(key) is not None:
                 raise SessionExists(f"session {key.session!r} exists")
             past = state
             if fields.version is not None:
@@ -314,7 +325,7 @@ class Registry:
         """Replace a session by a state file, or create one from it."""
         wire.check_id("session id", session_id)
         key = Key(tenant, session_id)
-        session = self._sessions.get(key)
+        session = self._find(key)
         if session is not None and not self._was_made_by(key, identity):
             return session.change(Import(data=data), identity, if_match=if_match, abandon=abandon)
         if if_match is not None:
@@ -326,14 +337,14 @@ class Registry:
     ) -> Made:
         if self._was_made_by(key, identity):
             return self._repeat(key)
-        if key in self._sessions:
+        if self._find(key) is not None:
             raise Conflict(f"session {key.session!r} was created meanwhile; send the import again")
         seed = creation.from_file(data, self.device, self.store.promise)
         return Made(self._begin(key, seed, identity), created=True)
 
     def _was_made_by(self, key: Key, identity: Identity) -> bool:
         """Say whether the session at ``key`` was created by a request with this identity."""
-        if identity.key is None or key not in self._sessions:
+        if identity.key is None or self._find(key) is None:
             return False
         known = self._created.setdefault(key.tenant, Ledger()).check(identity, time.time())
         return known is not None and known.reply["id"] == key.session
@@ -343,28 +354,14 @@ class Registry:
 
         The session must have been loaded.
         """
-        text = json.dumps(body, default=str).encode()
-        if text in session.same:
-            return
-        fields, shape = configs.CreateFields.parse(body), configs.origin_layout(session.origin)
-        configs.check_dtype(fields.dtype)
-        same_dtype = fields.dtype in (None, wire.dtype_name(shape.dtype))
-        if not same_dtype or fields.order not in (None, shape.names):
-            field = "order" if same_dtype else "dtype"
-            raise SessionExists(
-                f"session {session.id!r} exists with another {field}", version=session.version
-            )
-        config = configs.normalise(fields, shape, self.device, self.store.promise)
-        check_origin(session, session.origin, configs.origin(config, shape))
-        if len(session.same) >= _REMEMBERED_BODIES:
-            session.same.clear()
-        session.same.add(text)
+        check_same(session, body, self.device, self.store.promise)
 
     def withdraw(self, session: Session) -> Future[None]:
         """Forget a session whose creating request was refused, if nothing happened to it since."""
 
         def job(state: SessionState) -> None:
-            if state.lsn == 1:
+            if state.lsn == 1 and not session.shared:
+                session.stop_snapshots()
                 self._forget(session)
 
         return session.run(job)
@@ -378,9 +375,11 @@ class Registry:
         self._dismiss(session)
 
     def _dismiss(self, session: Session) -> None:
-        self._sessions.pop(session.key, None)
-        session.closed = True
-        self.residents.release(session.key)
+        with self._lock:
+            session.closed = True
+            if self._sessions.get(session.key) is session:
+                self.residents.release(session.key)
+                del self._sessions[session.key]
 
     def delete(self, tenant: str, session_id: str, identity: Identity) -> Future[Reply]:
         """Forget a session and its journal."""

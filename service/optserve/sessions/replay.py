@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import structlog
 
-from optserve.optim import checkpoint
+from optserve.optim import checkpoint, devices
 from optserve.optim.engine import Engine
 from optserve.optim.hyper import from_json
+from optserve.optim.recipe import Recipe
 from optserve.sessions import config as configs
 from optserve.sessions import frames, operations, stepping
 from optserve.sessions.intake import Step, StepIntake
@@ -98,9 +99,15 @@ def _newest_snapshot(store: Store, key: Key, upto_lsn: int | None) -> SessionSta
 def read_frame(payload: Payload) -> SessionState:
     """Return the state whose own frame this is."""
     frame = frames.decode(payload.read())
-    recipe = configs.recipe(frame.meta["config"])
+    recipe = _recipe(frame.meta["config"])
     engine = checkpoint.load(recipe, frame.layout, frame.meta["engine"], frame.tensors)
     return restore(frame.meta, engine)
+
+
+def _recipe(config: Mapping[str, Any]) -> Recipe:
+    """Return what computes; Invalid for a device that this server does not have."""
+    devices.resolve(config["device"])
+    return configs.recipe(config)
 
 
 def first_state(event: Event) -> SessionState:
@@ -112,7 +119,7 @@ def first_state(event: Event) -> SessionState:
     ledger = Ledger()
     if record["from_frame"]:
         frame = frames.decode(data)
-        recipe = configs.recipe(record["config"])
+        recipe = _recipe(record["config"])
         engine = checkpoint.load(recipe, frame.layout, frame.meta["engine"], frame.tensors)
         if record["keeps_ledger"]:
             ledger = Ledger.load(frame.meta["ledger"])
@@ -120,7 +127,7 @@ def first_state(event: Event) -> SessionState:
         tensors, _ = wire.decode(data)
         params = {name.removeprefix("param/"): tensor for name, tensor in tensors.items()}
         layout = configs.layout_of(params)
-        engine = Engine(configs.recipe(record["config"]), layout, params)
+        engine = Engine(_recipe(record["config"]), layout, params)
     return SessionState(
         config=record["config"],
         origin=record["origin"],

@@ -43,19 +43,21 @@ class Residents:
         if self.budget is not None and nbytes > self.budget:
             raise TooLarge(
                 f"session {key.session!r} takes about {nbytes} bytes of memory, the server's "
-                f"memory budget is {self.budget}",
+                f"memory budget is {self.budget} (--memory-budget)",
                 needed=nbytes,
                 limit=self.budget,
             )
-        self.release(key)
+        before = self._leave(key)
         for other in self._others():
             if self._take(key, nbytes, put_away):
                 return
             other()
         if not self._take(key, nbytes, put_away):
+            if before is not None:
+                self._sit(key, *before)
             raise Unavailable(
                 f"session {key.session!r} takes about {nbytes} bytes of memory, {self._total} of "
-                f"the server's memory budget of {self.budget} are in use",
+                f"the server's memory budget of {self.budget} are taken by sessions that are busy",
                 retry_after=1,
             )
 
@@ -72,6 +74,17 @@ class Residents:
             self._total += nbytes
             return True
 
+    def _sit(self, key: Key, nbytes: int, put_away: PutAway) -> None:
+        with self._lock:
+            self._seats[key] = (nbytes, put_away)
+            self._total += nbytes
+
+    def _leave(self, key: Key) -> tuple[int, PutAway] | None:
+        with self._lock:
+            seat = self._seats.pop(key, None)
+            self._total -= seat[0] if seat else 0
+            return seat
+
     def adjust(self, key: Key, nbytes: int) -> None:
         """Note what a session in memory really takes."""
         with self._lock:
@@ -82,6 +95,4 @@ class Residents:
 
     def release(self, key: Key) -> None:
         """Note that a session is no longer in memory."""
-        with self._lock:
-            nbytes, _ = self._seats.pop(key, (0, None))
-            self._total -= nbytes
+        self._leave(key)

@@ -37,7 +37,6 @@ from optserve.store.base import (
     SessionRow,
 )
 from optserve_client.errors import (
-    Damaged,
     OptserveError,
     SessionNotFound,
     Unavailable,
@@ -68,6 +67,8 @@ class Session:
         self.closed = False
         #: Create bodies that were found to be equal to this session's.
         self.same: set[bytes] = set()
+        #: Somebody else than its creator was told that it is there.
+        self.shared = False
         #: When somebody last asked for something, on the monotonic clock.
         self.used_at = time.monotonic()
         self._store = home.store
@@ -213,6 +214,7 @@ class Session:
             if known := state.check_identity(identity, time.time()):
                 return self._step_reply(state, step, self._repeat(state, known), None)
             prepared = stepping.prepare(state, step)
+            self._held.own()
             before = self._held.publish(state, "live") if fields.return_ == "delta" else None
             with self._held.changing():
                 began = time.perf_counter()
@@ -279,7 +281,8 @@ class Session:
         state.check_match(if_match)
         if isinstance(operation, Reaching):
             operation = operation.reach(self._held.past, state)
-        operation.check(state, abandon)
+        self._held.admit(operation.check(state, abandon), self.put_away)
+        self._held.own()
         before = state.config["durability"]
         if before == "memory" and operations.hardens(operation):
             self._held.snapshots.write(state)
@@ -303,8 +306,12 @@ class Session:
         def job() -> Reply:
             if self.closed:
                 raise SessionNotFound(f"no session {self.id!r}")
-            with suppress(Damaged):
-                self._loaded().check_identity(identity, time.time())
+            state = None
+            with suppress(OptserveError):  # what cannot be read back can still be deleted
+                state = self._loaded()
+            if state is not None:
+                state.check_identity(identity, time.time())
+            self.stop_snapshots()
             forget()
             return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
 
@@ -319,15 +326,25 @@ class Session:
 
     def put_away(self) -> bool:
         """Free the session's memory if nobody uses it right now; its next use reads it back."""
+        gone = False
+
+        def job() -> None:
+            nonlocal gone
+            gone = self._held.put_away()
+
         try:
-            return self._turn.run_if_idle(self._held.put_away)
+            return self._turn.run_if_idle(job) and gone
         except OptserveError as exc:
             log.warning("a session stays in memory", session=self.id, why=exc.detail)
             return False
 
+    def stop_snapshots(self) -> None:
+        """Keep no snapshot any more, from a job that deletes the session."""
+        self._held.snapshots.close()
+
     def snapshot(self) -> Future[None]:
         """Write a snapshot if anything was committed since the last one; wait until it is kept."""
-        return self._turn.run(self._held.write_snapshot)
+        return self._turn.run(lambda: self._held.write_snapshot(self.put_away))
 
     # --- commit ----------------------------------------------------------------------------------
 
@@ -341,10 +358,10 @@ class Session:
     ) -> Waiting[dict[str, Any]]:
         """Append the event of an applied change, count it in, and return the reply's scalars."""
         made = state.version + 1 if change.moves else None
-        if change.updates and (state.updates == 0 or change.kind != "step"):
+        if change.kind != "step" or state.updates == 0:
             self._held.measure(state)
         reply = describe.strict({"applied_version": made, **change.reply})
-        event = event_of(self.key, state, change, identity, reply, self._held.owner_epoch)
+        event = event_of(self.key, state, change, identity, reply, self._held.own())
         event = replace(event, about=self._held.news(state))
         if durability is not None:  # what changes the durability is as safe as both say
             event = replace(event, durability=min(durability, event.durability, key=_strength))

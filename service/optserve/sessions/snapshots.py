@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 
 import structlog
 
@@ -26,17 +29,23 @@ READ_BYTES_S = 500e6
 
 
 class Snapshots:
-    """The snapshots of one session. Called under its turn, but for :meth:`wait`.
+    """The snapshots of one session. Called under its turn.
 
     The frame is written from live memory, between two steps; the store makes it durable and reads
     it back on a thread of ``background`` while the session goes on.
     """
 
-    def __init__(self, store: Store, key: Key, background: Executor) -> None:
+    def __init__(self, store: Store, key: Key, kept_lsn: int, background: Executor) -> None:
+        """``kept_lsn``: up to here the store has all that a snapshot could add."""
         self._store = store
         self._key = key
+        #: Event up to which a snapshot, or the journal as it was found, has everything.
+        self.kept_lsn = kept_lsn
         self._background = background
         self._keeping: Future[None] | None = None
+        #: Held while one is kept, and while none may be.
+        self._lock = threading.Lock()
+        self._closed = False
         self._events = self._bytes = 0
         self._seconds = 0.0
 
@@ -49,6 +58,11 @@ class Snapshots:
     def replay_s(self) -> float:
         """About how long replay would take."""
         return self._seconds
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one was begun and is not kept yet."""
+        return self._keeping is not None and not self._keeping.done()
 
     def count(self, event: Event, seconds: float) -> None:
         """Note one committed event, which took so long to apply."""
@@ -67,8 +81,7 @@ class Snapshots:
 
     def write_if_due(self, state: SessionState) -> None:
         """Begin a snapshot if replay became too long and none is under way."""
-        under_way = self._keeping is not None and not self._keeping.done()
-        if under_way or not self._due(state.layout.nbytes):
+        if self.under_way or not self._due(state.layout.nbytes):
             return
         try:
             self.begin(state)
@@ -89,31 +102,48 @@ class Snapshots:
         self._reset()
         frame, lsn = write_frame(self._store, state.frame()), state.lsn
         try:
-            self._keeping = self._background.submit(lambda: self._keep(lsn, frame))
+            self._keeping = self._background.submit(lambda: self._keep_later(lsn, frame))
         except BaseException:
             frame.discard()
             raise
 
-    def _keep(self, lsn: int, frame: Payload) -> None:
+    def _keep_later(self, lsn: int, frame: Payload) -> None:
         try:
-            self._store.snapshot(self._key, lsn, frame)
+            self._keep(lsn, frame)
         except SessionNotFound:
             log.debug("a deleted session needs no snapshot", session=self._key.session)
         except Exception:
             log.exception("no snapshot was kept", session=self._key.session, lsn=lsn)
 
+    def _keep(self, lsn: int, frame: Payload) -> None:
+        with self._lock:
+            if self._closed or lsn < self.kept_lsn:
+                frame.discard()
+                return
+            self._store.snapshot(self._key, lsn, frame)
+            self.kept_lsn = lsn
+
     def write(self, state: SessionState) -> None:
         """Write a snapshot and return when it is kept."""
-        self.wait()
-        frame = write_frame(self._store, state.frame())
-        self._store.snapshot(self._key, state.lsn, frame)
+        self._keep(state.lsn, write_frame(self._store, state.frame()))
         self._reset()
+
+    def _reset(self) -> None:
+        self._events = self._bytes = 0
+        self._seconds = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let none be kept in the block: it changes what a replay reads."""
+        with self._lock:
+            yield
+
+    def close(self) -> None:
+        """Keep none any more: the next session of this id must not get one."""
+        with self._lock:
+            self._closed = True
 
     def wait(self) -> None:
         """Wait until none is under way."""
         if self._keeping is not None:
             self._keeping.result()
-
-    def _reset(self) -> None:
-        self._events = self._bytes = 0
-        self._seconds = 0.0

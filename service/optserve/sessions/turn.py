@@ -2,8 +2,9 @@
 
 Few threads, because torch's OpenMP keeps one pool of workers per thread that calls it, and because
 ``torch.set_num_threads`` holds only for the thread that called it: each of ours calls it first. So
-none of them waits for a disk: a job that must wait is a generator, which yields a future and goes
-on with its result, on any thread, while its turn stays taken.
+no step waits for a disk on them: a job that must wait is a generator, which yields a future and
+goes on with its result, on any thread, while its turn stays taken. (Creating, pinning and reading
+back do wait here: they are rare.)
 """
 
 from __future__ import annotations
