@@ -109,6 +109,10 @@ class Owned:
 
     def _check(self, reply: Mapping[str, Any]) -> None:
         """Nobody else changes this session: the counters are those of the story."""
+        if reply["generation"] != self.generations[-1]:
+            # It went back, but to nothing before what this client was told: it lacks nothing.
+            assert self._lossy
+            self.generations.append(reply["generation"])
         told = (reply["version"], reply["updates"])
         assert told == (self.story.version, self.story.updates), (
             f"{self.session.id} says {told}, its story {self.story.version, self.story.updates}"

@@ -107,7 +107,8 @@ def one_case(zygote: Zygote, reference: Reference, directory: Path, faults: Faul
     judge(reference, life, faults)
     judge_entries(life, faults, directory)
     after = lives.live(zygote, directory, reference.requests)
-    assert after.of("found")[0]["found"] == reference.final
+    # The snapshot at the end may be what failed: the session without durability may have gone back.
+    assert not reference.judge_found(reference.requests, after.of("found")[0]["found"])
     lives.assert_no_orphans(directory)
     return len(life.of("refused"))
 

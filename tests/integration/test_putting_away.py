@@ -11,7 +11,7 @@ import torch
 
 from optserve.sessions.registry import Registry
 from optserve.store import MemoryStore
-from optserve_client.errors import SessionNotFound, TooLarge, Unavailable
+from optserve_client.errors import SchedulerFailed, SessionNotFound, TooLarge, Unavailable
 from tests import local
 from tests.local import arrays, create, exported, step
 
@@ -84,6 +84,41 @@ def test_a_busy_session_is_not_put_away(one_session: int) -> None:
         busy.run(meanwhile).result(30)
         create(made, ADAM, arrays(1, SHAPES), "b")
         assert exported(busy)
+    finally:
+        made.close()
+
+
+def test_a_change_that_makes_a_session_too_large_is_refused_before_it_is_made(
+    one_session: int,
+) -> None:
+    made = registry(memory_budget=2 * one_session)
+    try:
+        session = create(made, ADAM, arrays(0, SHAPES))
+        step(session, arrays(1, SHAPES))
+        before = exported(session), made.residents.total
+        with pytest.raises(TooLarge, match="memory budget"):
+            local.add_group(session, {}, arrays(0, {"v": (200, 20)})).result(30)
+        assert (exported(session), made.residents.total) == before
+        local.add_group(session, {}, arrays(0, {"v": (10, 10)})).result(30)
+        assert made.residents.total > before[1]
+    finally:
+        made.close()
+
+
+def test_a_session_that_failed_takes_no_memory(one_session: int) -> None:
+    made = registry(memory_budget=one_session)
+    try:
+        failing = {
+            "optimizer": "Adam",
+            "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (4 - epoch)", "advance": "step"},
+        }
+        session = create(made, failing, arrays(0, SHAPES))
+        for i in range(3):
+            step(session, arrays(i, SHAPES))
+        with pytest.raises(SchedulerFailed):
+            step(session, arrays(1, SHAPES))
+        assert made.residents.total == 0
+        create(made, ADAM, arrays(1, SHAPES), "b")
     finally:
         made.close()
 

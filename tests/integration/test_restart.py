@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from optserve.sessions import snapshots
 from optserve.sessions.operations import Pin
 from optserve.sessions.registry import Registry
 from optserve.store.opening import CannotOpen, open_store
-from optserve_client.errors import Fenced, OutOfSequence, SessionNotFound, SessionRewound
+from optserve_client.errors import (
+    Fenced,
+    Invalid,
+    OutOfSequence,
+    SchedulerFailed,
+    SessionNotFound,
+    SessionRewound,
+    TooLarge,
+    Unavailable,
+)
 from tests import local
 from tests.local import Identity, arrays, create, exported, step
 
@@ -277,3 +288,95 @@ def test_pins_come_back(tmp_path: Path) -> None:
     with served(tmp_path) as made:
         rows = made.get("default", "a").versions(-1, 100)
         assert [(row["version"], row["pin"]) for row in rows if row["pin"]] == [(2, "two")]
+
+
+FAILING = {
+    "optimizer": "SGD",
+    "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (4 - epoch)", "advance": "step"},
+}
+
+
+def test_an_orderly_stop_loses_nothing_of_a_session_that_just_failed(tmp_path: Path) -> None:
+    with served(tmp_path) as made:
+        session = create(made, {**FAILING, "durability": "memory"}, arrays(0))
+        for i in range(3):
+            step(session, arrays(i))
+        with pytest.raises(SchedulerFailed):
+            step(session, arrays(3))
+    with served(tmp_path) as made:
+        assert made.get("default", "a").version == 3
+
+
+def test_an_orderly_stop_tries_again_what_a_snapshot_failed_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tmp_path) as made:
+        session = create(made, {**BODY, "durability": "memory"}, arrays(0))
+        with monkeypatch.context() as full:
+            full.setattr(snapshots, "REPLAY_EVENTS", 2)
+            full.setattr(made.store, "snapshot", lambda *_, **__: 1 / 0)
+            for i in range(4):
+                step(session, arrays(i))
+            session._held.snapshots.wait()
+    with served(tmp_path) as made:
+        assert made.get("default", "a").version == 2
+
+
+def test_a_snapshot_of_a_deleted_session_is_not_kept_for_the_next_of_its_name(
+    tmp_path: Path,
+) -> None:
+    with served(tmp_path) as made:
+        late = Future[None]()
+        made._background.submit(lambda: late.result(30))
+        session = create(made, BODY, arrays(0))
+        step(session, arrays(1))
+        session.run(session._held.snapshots.begin).result(30)
+        made.delete("default", "a", local.NOBODY).result(30)
+        again = create(made, BODY, arrays(5))
+        for i in range(4):
+            step(again, arrays(i))
+        late.set_result(None)
+        session._held.snapshots.wait()
+        assert made.store.snapshots(again.key) == []
+        assert local.read_back(again) == exported(again)
+
+
+def test_one_row_that_cannot_be_read_takes_nobody_else_down(tmp_path: Path) -> None:
+    with served(tmp_path) as made:
+        for name in ("a", "b"):
+            step(create(made, BODY, arrays(0), name), arrays(1))
+    with sqlite3.connect(tmp_path / "optserve.db") as database:
+        database.execute("UPDATE sessions SET about = '{torn' WHERE session = 'a'")
+    database.close()
+    with served(tmp_path) as made:
+        assert [row["optimizer"] for row in made.page("default")["sessions"]] == ["?", "AdamW"]
+        for name in ("a", "b"):  # reading it back tells what the row did not
+            assert step(made.get("default", name), arrays(2)).scalars["applied"] is True
+        assert made.get("default", "a").summary()["optimizer"] == "AdamW"
+
+
+def test_what_this_server_cannot_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tmp_path) as made:
+        step(create(made, BODY, arrays(0)), arrays(1))
+
+    def elsewhere(device: str) -> str:
+        raise Invalid(f"device {device!r}: this server has 0 CUDA devices")
+
+    with served(tmp_path) as made:
+        with monkeypatch.context() as other:
+            other.setattr(devices, "resolve", elsewhere)
+            with pytest.raises(Unavailable, match="cannot be read back by this server: device"):
+                made.get("default", "a").status().result(30)
+        assert made.get("default", "a").status().result(30)["version"] == 0
+
+
+def test_a_session_that_does_not_fit_can_be_deleted(tmp_path: Path) -> None:
+    with served(tmp_path) as made:
+        create(made, BODY, arrays(0, LARGE))
+    with served(tmp_path, memory_budget=1000) as made:
+        with pytest.raises(TooLarge):
+            made.get("default", "a").status().result(30)
+        made.delete("default", "a", local.NOBODY).result(30)
+        assert made.store.sessions() == []
