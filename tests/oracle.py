@@ -231,7 +231,8 @@ class Twin:
             for name, mean in zip(self.leaves, self.average, strict=True):
                 assert same(found[f"ema/{name}"], mean), f"ema {name} differs"
         if self.keeps_best:
-            assert meta["best"] == {"value": self.best_value, "version": self.best_version}
+            best = {"value": self.best_value, "version": self.best_version}
+            assert meta["best"] == best, f"best is {meta['best']}, expected {best}"
             for name, tensor in self.best.items():
                 assert same(found[f"best/{name}"], tensor), f"best {name} differs"
 
@@ -444,6 +445,16 @@ class Story:
     def at(self, version: int) -> Node:
         """Return the state of a version; of the current one as it is by now."""
         return self.head if version == self.version else self._made[version]
+
+    def plain(self, version: int) -> bool:
+        """Whether the next version followed directly: no other change belongs to this one too."""
+        for node in reversed(self.log):
+            if node.version < version:
+                break
+            changed = node is not self._made[version] and not isinstance(node.change, Nothing)
+            if node.version == version and changed:
+                return False
+        return True
 
     def forked(self, version: int | None) -> Story:
         return Story(self.tree, self.head if version is None else self.at(version))

@@ -32,6 +32,17 @@ class Again(Protocol):
     def __call__(self, call: Callable[[], T]) -> T: ...
 
 
+def delete(session: Session, again: Again) -> None:
+    """Delete a session, whatever became of it."""
+    # A network that delivers a deletion twice lets the client hear of the second one.
+    with contextlib.suppress(errors.SessionNotFound):
+        try:
+            again(session.delete)
+        except errors.SessionRewound:
+            session.resume()
+            delete(session, again)
+
+
 class Owned:
     """A session that one client changes, and the story of it."""
 
@@ -109,10 +120,6 @@ class Owned:
 
     def _check(self, reply: Mapping[str, Any]) -> None:
         """Nobody else changes this session: the counters are those of the story."""
-        if reply["generation"] != self.generations[-1]:
-            # It went back, but to nothing before what this client was told: it lacks nothing.
-            assert self._lossy
-            self.generations.append(reply["generation"])
         told = (reply["version"], reply["updates"])
         assert told == (self.story.version, self.story.updates), (
             f"{self.session.id} says {told}, its story {self.story.version, self.story.updates}"
@@ -176,9 +183,14 @@ class Owned:
         self.unreachable += 1
 
     def _near(self) -> int:
-        """Return one of the last few versions, most of which can be reached."""
+        """Return one of the last few versions, most of which can be reached.
+
+        The current one, or one whose state is the same right after it was made and right before the
+        next one: a snapshot of a version may be of either moment.
+        """
         now = self.story.version
-        return self.rng.randint(max(self.story.first.version, now - 4), now)
+        near = range(max(self.story.first.version, now - 4), now)
+        return self.rng.choice([*(v for v in near if self.story.plain(v)), now])
 
     def fork(self, name: str) -> Owned | None:
         """Return a copy, which goes its own way; None if the version cannot be reached any more."""
@@ -195,7 +207,11 @@ class Owned:
             assert self._lossy
             return None  # what is lost, the next change is told
         origin = session.info.get("forked_from", {}).get("generation")
-        assert origin in (None, self.generations[-1])
+        if origin not in (None, self.generations[-1]):
+            # Right after resume() the client names no generation, and it went back once more.
+            assert self._lossy
+            delete(session, self._again)
+            return None
         made = Owned(
             self.spec,
             session,
@@ -365,9 +381,7 @@ class Trainer(threading.Thread):
         if self._fork is not None:
             self._export(self._fork)
             self.forks += 1
-            # A network that delivers a deletion twice lets the client hear of the second one.
-            with contextlib.suppress(errors.SessionNotFound):
-                self.again(self._fork.session.delete)
+            delete(self._fork.session, self.again)
             self._fork = None
 
     def _step_shared(self) -> None:

@@ -231,7 +231,7 @@ def test_a_session_kept_in_memory_says_what_it_lost(
         look(client, stories(trainers, client))
     owned = [one for trainer in trainers for one in trainer.owned]
     for one in owned:
-        assert one.story.tree.check() >= 2
+        assert one.story.tree.check() > 0
     assert sum(one.rewinds for one in owned) > 0
     assert sum(one.lost for one in owned) > 0
     figure("kill -9, durability memory: rewinds told", sum(one.rewinds for one in owned), "rewinds")

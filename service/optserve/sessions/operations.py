@@ -16,13 +16,14 @@ from optserve.sessions import config as configs
 from optserve.sessions import frames
 from optserve.sessions.config import Description, PatchFields
 from optserve.sessions.finite import check_finite
+from optserve.sessions.kinds import WITH_PAYLOAD
 from optserve.sessions.operation import Buffers, Operation
 from optserve.sessions.reaching import Pin, Rollback, Unpin
 from optserve.sessions.state import SessionState, read_engine
 from optserve.sessions.stepping import Change, scheduler_line
 from optserve.store import Event
 from optserve_client import wire
-from optserve_client.errors import Conflict, Invalid
+from optserve_client.errors import Conflict, Internal, Invalid
 
 __all__ = [
     "AddGroup",
@@ -323,6 +324,8 @@ class Import:
 def of_event(event: Event) -> Operation | None:
     """Return the operation that made ``event``; None for steps and for what changes no state."""
     request, outcome = event.record.get("request", {}), event.record.get("outcome", {})
+    if event.payload is None and event.kind in WITH_PAYLOAD:
+        raise Internal(f"session {event.key.session!r}: the payload of event {event.lsn} is gone")
     data = event.payload.read() if event.payload is not None else b""
     match event.kind:
         case "params":

@@ -20,25 +20,31 @@ class Past:
         self._key = key
 
     def state_at(self, version: int, state: SessionState) -> SessionState:
-        """Return a state at ``version``: after the event that made it, or, where only a snapshot is
-        left, as that has it; ``state`` itself if it is at it.
+        """Return the state right after the event that made ``version``; do not change it.
 
         Raises Invalid for a version that is not there yet or cannot be reached any more.
         """
         _check_bounds(version, state)
-        if version == state.version:
+        lsn, kept = self._lsn_of(version), self._store.snapshots(self._key)
+        if lsn == state.lsn:
             return state
-        lsn = self._lsn_of(version)
-        if lsn is not None and lsn > self._base(self._store.snapshots(self._key)):
+        if lsn is not None and lsn > self._base(kept):
             try:
                 return replay(self._store, self._key, lsn)
             except Internal as exc:  # of a session that keeps its events in memory
                 raise self._unreachable(version) from exc
-        for row in self._store.snapshots(self._key):
+        for row in self._exact(kept):
             payload = self._store.read_snapshot(self._key, row.lsn)
             if row.version == version and payload is not None:
                 return read_frame(payload)
         raise self._unreachable(version)
+
+    def _exact(self, kept: list[SnapshotRow]) -> list[SnapshotRow]:
+        """Return the snapshots that were taken right after the event that made their version.
+
+        A pinned one always was. What came later, without a version of its own, is in the others.
+        """
+        return [row for row in kept if self._lsn_of(row.version) in (row.lsn, None)]
 
     def _lsn_of(self, version: int) -> int | None:
         """Return the lsn of the event that made ``version``, if its row is kept."""
@@ -66,8 +72,8 @@ class Past:
     def versions(self, after: int, limit: int | None) -> list[dict[str, Any]]:
         """Return at most ``limit`` reachable versions above ``after``, oldest first."""
         kept = self._store.snapshots(self._key)
-        by_version = {row.version: row for row in kept}
-        base = self._base(kept)
+        exact, base = self._exact(kept), self._base(kept)
+        by_version = {row.version: row for row in exact}
         rows: dict[int, dict[str, Any]] = {
             row.version: {
                 "version": row.version,
@@ -77,7 +83,7 @@ class Past:
                 "snapshot": True,
                 "pin": row.pin,
             }
-            for row in kept
+            for row in exact
         }
         made = max((row.version for row in kept if row.lsn <= base), default=-1)
         for event in self._whole(base, frozenset(row.lsn for row in kept)):

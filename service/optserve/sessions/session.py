@@ -72,6 +72,7 @@ class Session:
         #: When somebody last asked for something, on the monotonic clock.
         self.used_at = time.monotonic()
         self._store = home.store
+        self._executor = home.executor
         self._turn = home.executor.turn()
         self._held = Holding(home, row, state, owner_epoch)
 
@@ -365,7 +366,10 @@ class Session:
         event = replace(event, about=self._held.news(state))
         if durability is not None:  # what changes the durability is as safe as both say
             event = replace(event, durability=min(durability, event.durability, key=_strength))
-        [outcome] = yield self._store.submit([event])
+        if self._executor.spare:
+            [outcome] = self._store.append([event])
+        else:  # the thread is better used for somebody else's numbers
+            [outcome] = yield self._store.submit([event])
         if outcome.error is not None:
             # After Unavailable the event may be committed all the same, and name its payload.
             if event.payload is not None and not isinstance(outcome.error, Unavailable):

@@ -38,8 +38,11 @@ class Executor:
         if threads < 1:
             raise ValueError(f"threads must be >= 1, got {threads}")
         self._pool = ThreadPoolExecutor(threads, "optserve", initializer)
+        self._threads = threads
         self._idle = threading.Condition()
         self._waiting = 0
+        #: Jobs that run or wait for a thread.
+        self._jobs = 0
         self._closed = False
 
     def turn(self, limit: int = QUEUE_LIMIT) -> Turn:
@@ -51,9 +54,25 @@ class Executor:
         try:
             if self._closed:
                 raise RuntimeError("the executor is closed")
-            return self._pool.submit(fn)
+            return self._submit(fn)
         except RuntimeError as exc:  # shut down, or the initializer failed
             raise Unavailable(f"no more jobs are run: {exc}", retry_after=RETRY_AFTER_S) from exc
+
+    def _submit(self, fn: Callable[[], T]) -> Future[T]:
+        future = self._pool.submit(fn)
+        with self._idle:
+            self._jobs += 1
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: Future[Any]) -> None:
+        with self._idle:
+            self._jobs -= 1
+
+    @property
+    def spare(self) -> bool:
+        """Whether a thread is free, so that the job that asks may as well wait on its own."""
+        return self._jobs < self._threads
 
     def after(self, waited: Future[A], fn: Callable[[Future[A]], object]) -> None:
         """Run ``fn(waited)`` when ``waited`` has ended; also after :meth:`close` began."""
@@ -65,7 +84,7 @@ class Executor:
         def go_on(ended: Future[A]) -> None:
             go = once.pop()
             try:
-                self._pool.submit(go, ended)
+                self._submit(partial(go, ended))
             except RuntimeError:  # shut down meanwhile: what was begun is still finished
                 go(ended)
             finally:
