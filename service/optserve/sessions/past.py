@@ -20,31 +20,36 @@ class Past:
         self._key = key
 
     def state_at(self, version: int, state: SessionState) -> SessionState:
-        """Return the state right after the event that made ``version``; do not change it.
+        """Return the state at ``version``; do not change it.
 
-        Raises Invalid for a version that is not there yet or cannot be reached any more.
+        The current version is as it is now, an earlier one as it was right after the event that
+        made it, a pinned one as it was pinned. Raises Invalid for a version that is not there yet
+        or cannot be reached any more.
         """
         _check_bounds(version, state)
-        lsn, kept = self._lsn_of(version), self._store.snapshots(self._key)
-        if lsn == state.lsn:
+        if version == state.version:
             return state
-        if lsn is not None and lsn > self._base(kept):
-            try:
-                return replay(self._store, self._key, lsn)
-            except Internal as exc:  # of a session that keeps its events in memory
-                raise self._unreachable(version) from exc
-        for row in self._exact(kept):
-            payload = self._store.read_snapshot(self._key, row.lsn)
-            if row.version == version and payload is not None:
-                return read_frame(payload)
-        raise self._unreachable(version)
+        lsn, kept = self._lsn_of(version), self._store.snapshots(self._key)
+        replayable = lsn is not None and lsn > self._base(kept)
+        for row in self._standing(kept):
+            if row.version == version and (row.pin is not None or not replayable):
+                payload = self._store.read_snapshot(self._key, row.lsn)
+                if payload is not None:
+                    return read_frame(payload)
+        if not replayable:
+            raise self._unreachable(version)
+        try:
+            return replay(self._store, self._key, lsn)
+        except Internal as exc:  # of a session that keeps its events in memory
+            raise self._unreachable(version) from exc
 
-    def _exact(self, kept: list[SnapshotRow]) -> list[SnapshotRow]:
-        """Return the snapshots that were taken right after the event that made their version.
+    def _standing(self, kept: list[SnapshotRow]) -> list[SnapshotRow]:
+        """Return the snapshots that stand for their versions.
 
-        A pinned one always was. What came later, without a version of its own, is in the others.
+        Those that are pinned, and those taken right after the event that made the version: in the
+        others there is what came later without a version of its own.
         """
-        return [row for row in kept if self._lsn_of(row.version) in (row.lsn, None)]
+        return [row for row in kept if row.pin or self._lsn_of(row.version) in (row.lsn, None)]
 
     def _lsn_of(self, version: int) -> int | None:
         """Return the lsn of the event that made ``version``, if its row is kept."""
@@ -72,8 +77,8 @@ class Past:
     def versions(self, after: int, limit: int | None) -> list[dict[str, Any]]:
         """Return at most ``limit`` reachable versions above ``after``, oldest first."""
         kept = self._store.snapshots(self._key)
-        exact, base = self._exact(kept), self._base(kept)
-        by_version = {row.version: row for row in exact}
+        standing, base = self._standing(kept), self._base(kept)
+        by_version = {row.version: row for row in standing}
         rows: dict[int, dict[str, Any]] = {
             row.version: {
                 "version": row.version,
@@ -83,7 +88,7 @@ class Past:
                 "snapshot": True,
                 "pin": row.pin,
             }
-            for row in exact
+            for row in standing
         }
         made = max((row.version for row in kept if row.lsn <= base), default=-1)
         for event in self._whole(base, frozenset(row.lsn for row in kept)):
