@@ -18,8 +18,10 @@ RUN /opt/optserve/bin/pip install -c constraints.txt ./client ./service
 FROM ${BASE}
 COPY --from=build /opt/optserve /opt/optserve
 RUN useradd --system --no-create-home --uid 10001 optserve
+RUN mkdir /data && chown optserve /data
 USER optserve
-ENV PATH=/opt/optserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/optserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 OPTSERVE_DATA_DIR=/data
+VOLUME /data
 EXPOSE 8000
 # Inside a container every interface is the container's own; publish the port on loopback only.
 ENTRYPOINT ["optserve", "serve", "--host", "0.0.0.0", "--port", "8000"]

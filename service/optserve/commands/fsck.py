@@ -53,10 +53,15 @@ class Report:
         seen = self.tally
         found, cured = len(self.problems), f", {self.cured} of them gone now" if self.cured else ""
         return (
-            f"{seen.sessions} sessions, {seen.events} events, {seen.snapshots} snapshots, "
-            f"{seen.payloads} payloads of {seen.payload_bytes} bytes in {self.place}: "
-            + (f"{found} problem{'' if found == 1 else 's'}{cured}" if found else "clean")
+            f"{_count(seen.sessions, 'session')}, {_count(seen.events, 'event')}, "
+            f"{_count(seen.snapshots, 'snapshot')}, {_count(seen.payloads, 'payload')} of "
+            f"{_count(seen.payload_bytes, 'byte')} in {self.place}: "
+            + (f"{_count(found, 'problem')}{cured}" if found else "clean")
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def fsck(
