@@ -22,6 +22,7 @@ from optserve_client.errors import (
     Fenced,
     Invalid,
     OutOfSequence,
+    OutOfSpace,
     SchedulerFailed,
     SessionNotFound,
     SessionRewound,
@@ -318,6 +319,24 @@ def test_an_orderly_stop_tries_again_what_a_snapshot_failed_at(
             for i in range(4):
                 step(session, arrays(i))
             session._held.snapshots.wait()
+    with served(tmp_path) as made:
+        assert made.get("default", "a").version == 2
+
+
+def test_a_deletion_that_fails_costs_the_session_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OutOfSpace("no space")
+
+    with served(tmp_path) as made:
+        session = create(made, {**BODY, "durability": "memory"}, arrays(0))
+        with monkeypatch.context() as disk:
+            disk.setattr(made.store, "delete", full)
+            with pytest.raises(OutOfSpace):
+                made.delete("default", "a", local.NOBODY).result(30)
+        for i in range(4):
+            step(session, arrays(i))
     with served(tmp_path) as made:
         assert made.get("default", "a").version == 2
 

@@ -75,7 +75,6 @@ class Expiry:
         def job() -> None:
             left_s = self._left_s(session)
             if not session.closed and left_s is not None and left_s <= 0:
-                session.stop_snapshots()
                 self._delete(session)
                 log.info("a session's time to live is over", session=session.id)
 

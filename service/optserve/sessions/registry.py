@@ -363,14 +363,14 @@ class Registry:
 
         def job(state: SessionState) -> None:
             if state.lsn == 1 and not session.shared:
-                session.stop_snapshots()
                 self._forget(session)
 
         return session.run(job)
 
     def _forget(self, session: Session) -> None:
         try:
-            self.store.delete(session.key)
+            with session.ending():
+                self.store.delete(session.key)
         except BaseException:
             self._doubtful.add(session.key)
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -312,7 +312,6 @@ class Session:
                 state = self._loaded()
             if state is not None:
                 state.check_identity(identity, time.time())
-            self.stop_snapshots()
             forget()
             return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
 
@@ -339,9 +338,9 @@ class Session:
             log.warning("a session stays in memory", session=self.id, why=exc.detail)
             return False
 
-    def stop_snapshots(self) -> None:
-        """Keep no snapshot any more, from a job that deletes the session."""
-        self._held.snapshots.close()
+    def ending(self) -> AbstractContextManager[None]:
+        """Keep no snapshot any more, in a job that deletes the session; unless that fails."""
+        return self._held.snapshots.ending()
 
     def snapshot(self) -> Future[None]:
         """Write a snapshot if anything was committed since the last one; wait until it is kept."""

@@ -138,10 +138,19 @@ class Snapshots:
         with self._lock:
             yield
 
-    def close(self) -> None:
-        """Keep none any more: the next session of this id must not get one."""
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Keep none from here on: the next session of this id must not get one.
+
+        If the block fails, the session goes on, and so do its snapshots.
+        """
         with self._lock:
             self._closed = True
+        try:
+            yield
+        except BaseException:
+            self._closed = False
+            raise
 
     def wait(self) -> None:
         """Wait until none is under way."""
