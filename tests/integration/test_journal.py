@@ -291,3 +291,14 @@ def test_seq_is_shared_by_all_requests_of_a_worker(made: Registry) -> None:
     assert again.scalars["scheduler"]["last_epoch"] == 1
     with pytest.raises(OutOfSequence):
         local.patch(session, {"name": "x"}, Identity(worker="w", seq=4, digest=b"4")).result(10)
+
+
+def test_a_loss_that_comes_later_counts_for_the_best(made: Registry) -> None:
+    session = create(made, {"optimizer": "Adam", "best": {"monitor": "loss"}}, arrays(0))
+    step(session, arrays(1), loss=1.0)
+    local.put_metrics(session, 1, {"loss": 0.5}).result(10)
+    assert session.status().result(10)["best"] == {"value": 0.5, "version": 1}
+    step(session, arrays(2), loss=2.0)
+    local.put_metrics(session, 1, {"loss": 0.1}).result(10)  # its params are gone
+    assert session.status().result(10)["best"] == {"value": 0.5, "version": 1}
+    assert read_back(session) == exported(session)

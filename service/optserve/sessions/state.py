@@ -332,4 +332,6 @@ def monitored(
     """Return the value that ``monitor`` names among those that came with a request."""
     if monitor is None:
         return None
-    return loss if monitor == "loss" else (metrics or {}).get(monitor)
+    if monitor == "loss" and loss is not None:
+        return loss
+    return (metrics or {}).get(monitor)  # also a loss that comes after its step
