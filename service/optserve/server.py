@@ -116,10 +116,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, settings: Settings, warm: Callable[[], str]) -> None:
+        from optserve.api.connection import Connection  # not before the socket is bound
+
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=Connection,
                 loop="uvloop",
                 ws="none",
                 lifespan="on",

@@ -147,6 +147,9 @@ class Settings(StoreSettings):
     body_min_rate_bytes_s: int = Field(
         64 * 1024, ge=0, description="Least average rate of a body after its first body_timeout_s."
     )
+    reply_timeout_s: float = Field(
+        30, gt=0, description="Longest silence while a large reply is taken."
+    )
     keep_alive_s: int = Field(
         75, ge=1, description="How long an idle connection is kept for the next request."
     )

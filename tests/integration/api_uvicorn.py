@@ -11,6 +11,8 @@ from typing import Any
 
 import uvicorn
 
+from optserve.api.connection import Connection
+
 
 @contextmanager
 def served(app: Any) -> Iterator[tuple[str, int]]:
@@ -19,7 +21,7 @@ def served(app: Any) -> Iterator[tuple[str, int]]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         config = uvicorn.Config(
-            app, http="httptools", log_config=None, access_log=False, timeout_graceful_shutdown=1
+            app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -55,6 +55,9 @@ class FakeBuffer:
     def array(self, name: str) -> wire.Tensor:
         return wire.from_bytes(self.layout.dtype, self.layout.by_name[name].shape, self.view(name))
 
+    def widen(self, name: str, tensor: wire.Tensor) -> None:
+        self.view(name)[:] = wire.as_bytes(wire.widen(tensor, self.layout.dtype, name))
+
     def release(self) -> None:
         self.pool.leased -= 1
 

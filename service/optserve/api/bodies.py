@@ -9,12 +9,16 @@ from typing import Literal
 
 from starlette.requests import ClientDisconnect, Request
 
+from optserve.api.connection import EXTENSION, Exchange, Pace, Sink
 from optserve.settings import Settings
-from optserve_client.errors import BodyTimeout, Malformed, TooLarge, UnsupportedMediaType
+from optserve_client.errors import Malformed, TooLarge, UnsupportedMediaType
 from optserve_client.wire import SAFETENSORS
 
 JSON = "application/json"
 Kind = Literal["json", "safetensors"]
+
+#: What is left of a body must be more than this for the connection to be lent to it.
+LENT_BYTES = 64 * 1024
 
 _KINDS: dict[str, Kind] = {JSON: "json", SAFETENSORS: "safetensors"}
 
@@ -79,41 +83,58 @@ class Body:
                 length=self.length,
                 limit=limit_bytes,
             )
+        settings = settings_of(request)
+        self._pace = Pace(settings.body_timeout_s, settings.body_min_rate_bytes_s)
+        self._connection: Exchange | None = request.scope.get("extensions", {}).get(EXTENSION)
+        self._received, self._waited_s = 0, 0.0
+        self._ended = False
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncIterator[bytes | bytearray]:
         """Yield the body as it arrives; raise what it deserves when it is too long or too slow."""
-        settings = settings_of(self._request)
-        silence, rate = settings.body_timeout_s, settings.body_min_rate_bytes_s
-        loop = asyncio.get_running_loop()
-        received, waited = 0, 0.0
-        more = True
-        while more:
-            begun = time.monotonic()
-            try:
-                async with asyncio.timeout_at(loop.time() + silence):
-                    message = await self._request.receive()
-            except TimeoutError:
-                raise BodyTimeout(
-                    f"nothing arrived for {silence:g} s, after {received} bytes of "
-                    f"{'a chunked body' if self.length is None else self.length}"
-                ) from None
-            waited += time.monotonic() - begun
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            chunk: bytes = message.get("body", b"")
-            more = message.get("more_body", False)
-            received += len(chunk)
-            if received > self._limit:
-                raise TooLarge(
-                    f"the body has more than {self._limit} bytes, which is the limit",
-                    limit=self._limit,
-                )
-            if more and received < rate * (waited - silence):
-                raise BodyTimeout(
-                    f"{received} bytes arrived in {waited:.0f} s; the least rate is {rate} bytes/s"
-                )
+        while (chunk := await self._more()) is not None:
             if chunk:
                 yield chunk
+
+    async def into(self, sink: Sink) -> None:
+        """Have the body written into ``sink``, without a copy where the connection can do that."""
+        while (chunk := await self._more()) is not None:
+            sink.feed(chunk)
+            if self.length is None or self._connection is None:
+                continue
+            if self.length - self._received > LENT_BYTES and sink.room() is not None:
+                self._ended = True
+                await self._connection.read_into(sink, self.length, self._received, self._pace)
+
+    async def _more(self) -> bytes | bytearray | None:
+        """Return the next bytes; None at the end."""
+        if self._ended:
+            return None
+        if self._connection is not None and (whole := self._connection.whole()) is not None:
+            self._ended = True
+            return self._counted(whole)
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(self._pace.silence_s):
+                message = await self._request.receive()
+        except TimeoutError:
+            raise self._pace.silent(self._received, self.length) from None
+        self._waited_s += time.monotonic() - begun
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self._ended = not message.get("more_body", False)
+        chunk = self._counted(message.get("body", b""))
+        if not self._ended:
+            self._pace.check(self._received, self._waited_s)
+        return chunk
+
+    def _counted(self, chunk: bytes | bytearray) -> bytes | bytearray:
+        self._received += len(chunk)
+        if self._received > self._limit:
+            raise TooLarge(
+                f"the body has more than {self._limit} bytes, which is the limit",
+                limit=self._limit,
+            )
+        return chunk
 
     async def read(self) -> bytes | bytearray:
         """Return the whole body.

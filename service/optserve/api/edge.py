@@ -8,6 +8,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from optserve.api.connection import EXTENSION, REPLY, Exchange
 from optserve.api.draining import Drain
 from optserve.api.problems import problem_response
 from optserve_client.errors import Unavailable
@@ -55,27 +56,33 @@ class Edge:
 class _Exchange:
     """One request and its answer, as seen from outside the app."""
 
-    __slots__ = ("_receive", "_send", "complete", "received", "scope", "started")
+    __slots__ = ("_complete", "_connection", "_receive", "_send", "received", "scope", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
         self._receive = receive
         self._send = send
-        #: Whether the whole request body was handed to the app, and whether any of it was.
-        self.complete = False
+        self._connection: Exchange | None = scope.get("extensions", {}).get(EXTENSION)
+        self._complete = False
+        #: Whether any of the request body was handed to the app.
         self.received = False
         #: Whether the answer's status line is out.
         self.started = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole request body was handed to the app."""
+        return self._complete or (self._connection is not None and self._connection.complete)
 
     async def receive(self) -> Message:
         message = await self._receive()
         self.received = True
         if message["type"] != "http.request" or not message.get("more_body"):
-            self.complete = True
+            self._complete = True
         return message
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] in ("http.response.start", REPLY):
             self.started = True
             if not self.complete and self.unread_bytes() != 0:
                 headers = [*message.get("headers", ()), (b"connection", b"close")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 import xxhash
@@ -31,6 +31,8 @@ from optserve.sessions.step import Step
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed, RequestError, SessionNotFound
 from optserve_client.wire import META_KEY, Tensor
+
+Chunks: TypeAlias = AsyncIterator[bytes | bytearray]
 
 _CREATE_FIELDS = frozenset(configs.CreateFields.model_fields)
 
@@ -147,7 +149,7 @@ async def _from_frame(request: Request, made: list[Session]) -> FirstUse:
     call, registry = _Call.of(frame_fields(header.metadata)), registry_of(request)
     metadata = {META_KEY: orjson.dumps(call.step).decode()}
     session = await call.find(registry)
-    feed: AsyncIterator[bytes | memoryview]
+    feed: AsyncIterator[bytes | bytearray | memoryview]
     if session is not None:
         infos = ((info.name, info.dtype, info.shape) for info in header.tensors)
         feed = _chain([wire.encode_header(infos, metadata), begun], chunks)
@@ -170,22 +172,22 @@ async def _from_frame(request: Request, made: list[Session]) -> FirstUse:
     return FirstUse(session=session, step=step, created=bool(made))
 
 
-async def _hashed(chunks: AsyncIterator[bytes], hasher: xxhash.xxh3_128) -> AsyncIterator[bytes]:
+async def _hashed(chunks: Chunks, hasher: xxhash.xxh3_128) -> Chunks:
     async for chunk in chunks:
         hasher.update(chunk)
         yield chunk
 
 
 async def _chain(
-    begun: list[bytes | memoryview], chunks: AsyncIterator[bytes]
-) -> AsyncIterator[bytes | memoryview]:
+    begun: list[bytes | memoryview], chunks: Chunks
+) -> AsyncIterator[bytes | bytearray | memoryview]:
     for piece in begun:
         yield piece
     async for chunk in chunks:
         yield chunk
 
 
-async def _read_header(chunks: AsyncIterator[bytes]) -> tuple[wire.Header, bytes]:
+async def _read_header(chunks: Chunks) -> tuple[wire.Header, bytes]:
     """Return the header of a frame, and what arrived with it of the tensors."""
     begun, need = bytearray(), 8
     async for chunk in chunks:
@@ -198,7 +200,7 @@ async def _read_header(chunks: AsyncIterator[bytes]) -> tuple[wire.Header, bytes
 
 
 async def _read_tensors(
-    header: wire.Header, begun: bytes, chunks: AsyncIterator[bytes]
+    header: wire.Header, begun: bytes, chunks: Chunks
 ) -> dict[str, Tensor]:
     data = bytearray(begun)
     async for chunk in chunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from optserve.api.connection import EXTENSION, REPLY, Part, pieces
 from optserve.api.waiting import off_loop
 from optserve.sessions.published import Published
 from optserve.sessions.reply import Reply
@@ -19,8 +20,6 @@ from optserve_client.wire import META_KEY, SAFETENSORS
 
 JSON = "application/json"
 Encoding = Literal["list", "base64"]
-#: Of one write to the socket.
-CHUNK_BYTES = 256 * 1024
 _DUMP = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 #: A document ends its line, so that a shell's prompt begins the next one.
 _DOCUMENT = _DUMP | orjson.OPT_APPEND_NEWLINE
@@ -89,21 +88,33 @@ def converted(params: Published, dtype: str | None) -> dict[str, wire.Tensor]:
 
 
 class BinaryResponse(Response):
-    """Buffers written one after the other, in pieces of 256 KiB, none of them copied."""
+    """Parts one after the other, none of them copied where the connection can do without."""
 
     def __init__(
         self,
-        buffers: Iterable[bytes | memoryview],
+        parts: Sequence[Part | bytes],
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.buffers = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-        length = sum(buffer.nbytes for buffer in self.buffers)
+        self.parts = parts
+        length = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
         super().__init__(
             None, status_code, {**(headers or {}), "content-length": str(length)}, SAFETENSORS
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if EXTENSION in scope.get("extensions", ()):
+            silence_s = scope["app"].state.settings.reply_timeout_s
+            await send(
+                {
+                    "type": REPLY,
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                    "parts": self.parts,
+                    "silence_s": silence_s,
+                }
+            )
+            return
         await send(
             {
                 "type": "http.response.start",
@@ -111,25 +122,22 @@ class BinaryResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        for buffer in self.buffers:
-            for at in range(0, buffer.nbytes, CHUNK_BYTES):
-                piece = buffer[at : at + CHUNK_BYTES]
+        for part in self.parts:
+            for piece in [part] if isinstance(part, bytes) else pieces(part):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def tensor_frame(
     params: Published | None, dtype: str | None, fields: Mapping[str, Any]
-) -> list[bytes | memoryview]:
+) -> list[Part | bytes]:
     """Return a safetensors frame: ``param/<name>`` and all ``fields`` as one JSON string."""
     metadata = {META_KEY: dump(finite(fields)).decode()}
     if params is None:
         return [wire.encode_header((), metadata)]
-    if dtype is None or dtype == params.layout.dtype:
-        infos = [(f"param/{s.name}", params.layout.dtype, s.shape) for s in params.layout.slots]
-        return [wire.encode_header(infos, metadata), params.data.data]
-    tensors = converted(params, dtype)
-    return wire.encode({f"param/{name}": t for name, t in tensors.items()}, metadata)
+    tag = dtype or params.layout.dtype
+    infos = [(f"param/{slot.name}", tag, slot.shape) for slot in params.layout.slots]
+    return [wire.encode_header(infos, metadata), params.part(tag)]
 
 
 # --- the reply of a session ----------------------------------------------------------------------
@@ -171,10 +179,9 @@ async def _encode(
     status: int,
     headers: Mapping[str, str],
 ) -> Response:
-    nbytes = params.layout.nbytes if params else 0
     if media == SAFETENSORS:
-        frame = await off_loop(nbytes, tensor_frame, params, dtype, fields)
-        return BinaryResponse(frame, status, headers)
+        return BinaryResponse(tensor_frame(params, dtype, fields), status, headers)
+    nbytes = params.layout.nbytes if params else 0
     text = await off_loop(nbytes, _json_text, fields, params, encoding, dtype)
     return Response(text, status, headers, JSON)
 

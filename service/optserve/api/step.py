@@ -107,8 +107,7 @@ async def decode_step(request: Request, session: Session) -> Step:
     body = Body(request, settings.max_body_bytes)
     intake = session.intake(settings.max_body_bytes)
     try:
-        async for chunk in body.chunks():
-            intake.feed(chunk)
+        await body.into(intake)
     except BaseException:
         intake.abort()
         raise

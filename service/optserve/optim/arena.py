@@ -66,6 +66,10 @@ class Arena:
         }
 
     @property
+    def on_cpu(self) -> bool:
+        return self.flat.device.type == "cpu"
+
+    @property
     def bytes(self) -> np.ndarray:
         """The buffer as uint8, shared with ``flat`` (CPU only)."""
         raw: np.ndarray = self.flat.view(torch.uint8).numpy()
@@ -73,7 +77,7 @@ class Arena:
 
     def fill(self, tensors: Mapping[str, wire.Tensor]) -> None:
         """Copy tensors of the layout's dtype and shapes in; those not named stay as they are."""
-        if self.flat.device.type != "cpu" or self.flat.dtype != TORCH_DTYPES[self.layout.dtype]:
+        if not self.on_cpu or self.flat.dtype != TORCH_DTYPES[self.layout.dtype]:
             for name, tensor in tensors.items():
                 self.views[name].copy_(from_wire(tensor))
             return
@@ -84,7 +88,7 @@ class Arena:
 
     def copy_bytes(self) -> np.ndarray:
         """Return a read-only uint8 copy of the whole buffer, in wire order."""
-        if self.flat.device.type != "cpu":
+        if not self.on_cpu:
             copied: np.ndarray = self.flat.cpu().view(torch.uint8).numpy()
         else:
             copied = self.bytes.copy()
@@ -134,6 +138,14 @@ class GradientBuffer:
         """Return one gradient as a writable view."""
         slot = self.layout.by_name[name]
         return wire.from_bytes(self.layout.dtype, slot.shape, self.view(name))
+
+    def widen(self, name: str, tensor: wire.Tensor) -> None:
+        """Fill one gradient with the values of ``tensor``, whose dtype is narrower."""
+        raw = tensor.array if isinstance(tensor, wire.Bits) else tensor
+        narrow = torch.from_numpy(raw)
+        if isinstance(tensor, wire.Bits):
+            narrow = narrow.view(torch.bfloat16)
+        self.arena.views[name].copy_(narrow)
 
     def release(self) -> None:
         """Give the buffer back; its content is lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Home:
     store: Store
     #: The threads that compute.
     executor: Executor
+    #: The threads that write bodies to the journal as they arrive.
+    scribes: Executor
     #: Where snapshots are made durable.
     background: Executor
     residents: Residents
@@ -61,8 +64,8 @@ class Holding:
         self.shape: Shape | None = None
         #: Config, dtype and shapes as created; known with ``shape``.
         self.origin: Mapping[str, Any] = {}
-        #: The live params of the current version, if somebody wanted them.
-        self.published: Published | None = None
+        #: The live params of the current version, as long as somebody has them.
+        self._published: weakref.ref[Published] | None = None
         self.snapshots = Snapshots(
             home.store, row.key, row.last_lsn if state is None else state.lsn, home.background
         )
@@ -153,19 +156,31 @@ class Holding:
         )
 
     def publish(self, state: SessionState, weights: str) -> Published:
-        """Return a read-only copy of weights; of live ones, one copy per version."""
+        """Return weights; live ones are shared by all who want them at this version."""
         if weights == "eval" and state.engine.entry.eval_weights:
             with self.changing():  # these classes change their params to and fro
                 return publish(state, weights)
         if weights != "live":
             return publish(state, weights)
-        if self.published is None:
-            self.published = publish(state, "live")
-        return self.published
+        published = self._lent()
+        if published is None:
+            published = publish(state, "live")
+            self._published = weakref.ref(published)
+        return published
+
+    def unpublish(self) -> None:
+        """The version is another one: what was published stays as it was."""
+        self._published = None
+
+    def _lent(self) -> Published | None:
+        return self._published() if self._published is not None else None
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Whatever raises in here may have left numbers half-changed: the journal knows better."""
+        """Numbers change in here. Whatever raises may have left them half-changed: the journal
+        knows better."""
+        if (published := self._lent()) is not None:
+            published.loan.settle()
         try:
             yield
         except BaseException:
@@ -174,7 +189,7 @@ class Holding:
 
     def drop(self) -> None:
         """Forget the state as it is; the next use reads it back."""
-        self._state = self.published = None
+        self._state = self._published = None
         self._home.residents.release(self.row.key)
 
     def put_away(self) -> bool:

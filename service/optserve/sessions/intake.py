@@ -1,7 +1,8 @@
-"""A binary step on its way in: chunks of any size go straight to where the update reads them.
+"""A binary step on its way in: its bytes go straight to where the update reads them.
 
 The header comes first and is judged whole, before a buffer is leased: names, kinds, shapes, dtypes
-and fields. After that a chunk costs a hash, a write to the journal and a copy into the buffer.
+and fields. After that whoever reads the socket asks for :meth:`StepIntake.room` and fills it, or
+has bytes copied there by :meth:`StepIntake.feed`; the journal gets them from there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optserve.sessions.fields import StepFields, load_object, shown
+from optserve.sessions.journaling import BEHIND_BYTES, Journaling
 from optserve.sessions.step import (
     Expected,
     Lease,
@@ -20,7 +22,7 @@ from optserve.sessions.step import (
     check_indices,
     step_from_json,
 )
-from optserve.store import PayloadWriter
+from optserve.sessions.turn import Executor
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed, TooLarge
 
@@ -47,12 +49,15 @@ class StepIntake:
         lease: Lease,
         writer: OpenWriter | None,
         limit_bytes: int | None = None,
+        scribes: Executor | None = None,
     ) -> None:
-        """``writer`` is None in a replay, which has the journal's bytes already."""
+        """``writer`` is None in a replay, which has the journal's bytes already; ``scribes`` write
+        large bodies, else whoever feeds."""
         self._expected = expected
         self._lease = lease
         self._writer = writer
         self._limit = limit_bytes
+        self._scribes = scribes
         #: Known once the header has arrived, as is ``frame_bytes``.
         self.fields: StepFields | None = None
         self.frame_bytes: int | None = None
@@ -67,7 +72,7 @@ class StepIntake:
         self._target = 0
         self._filled = 0
         self._buffer: GradientBuffer | None = None
-        self._journal: PayloadWriter | None = None
+        self._journal: Journaling | None = None
         self._closed = False
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
@@ -76,17 +81,39 @@ class StepIntake:
         Raises Malformed, TooLarge, Invalid or MissingGradient once the header is complete,
         Malformed for bytes after the frame's end, and what lease and writer raise.
         """
-        if self._closed:
-            raise ValueError("the intake is finished or aborted")
+        self._check_open()
         try:
             piece = memoryview(chunk)
             if self.frame_bytes is None:
                 piece = self._feed_head(piece)
-            if piece:
-                self._feed_data(piece)
+            while piece:
+                room = self._room()
+                take = min(len(room), len(piece))
+                room[:take] = piece[:take]
+                self._take(take)
+                piece = piece[take:]
         except BaseException:
             self.abort()
             raise
+
+    def room(self) -> memoryview | None:
+        """Return where the next bytes of the body go; None: feed them, more of the header is to
+        come first. Raises Malformed if the frame is complete."""
+        self._check_open()
+        return None if self.frame_bytes is None else self._room()
+
+    def filled(self, nbytes: int) -> None:
+        """Take ``nbytes`` that the caller has put into :meth:`room`. Raises as :meth:`feed`."""
+        self._check_open()
+        try:
+            self._take(nbytes)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the intake is finished or aborted")
 
     def _feed_head(self, piece: memoryview) -> memoryview:
         """Take the prefix and the header; return what is left of ``piece``."""
@@ -126,8 +153,9 @@ class StepIntake:
             if target.nbytes:
                 self._targets.append(target)
         if self._writer is not None:
-            self._journal = self._writer(header.frame_bytes)
-            self._journal.write(self._head)
+            scribes = self._scribes if header.frame_bytes > BEHIND_BYTES else None
+            self._journal = Journaling(self._writer(header.frame_bytes), scribes)
+            self._journal.add(memoryview(self._head))
         self._received = len(self._head)
         self.frame_bytes = header.frame_bytes
         self._head = bytearray()
@@ -185,21 +213,19 @@ class StepIntake:
         dims = self._expected.check_coo(name, indices.shape, shown(indices.name))
         self._check_tensor(values, dims, shown(values.name))
 
-    def _feed_data(self, piece: memoryview) -> None:
-        assert self.frame_bytes is not None
-        if self._received + len(piece) > self.frame_bytes:
+    def _room(self) -> memoryview:
+        if self._target == len(self._targets):
             raise Malformed(f"the body goes on after the {self.frame_bytes} bytes of its frame")
+        return self._targets[self._target][self._filled :]
+
+    def _take(self, nbytes: int) -> None:
+        target, begin = self._targets[self._target], self._filled
+        self._received += nbytes
+        self._filled += nbytes
+        if self._filled == len(target):
+            self._target, self._filled = self._target + 1, 0
         if self._journal is not None:
-            self._journal.write(piece)
-        self._received += len(piece)
-        while piece:
-            target = self._targets[self._target]
-            take = min(len(target) - self._filled, len(piece))
-            target[self._filled : self._filled + take] = piece[:take]
-            piece = piece[take:]
-            self._filled += take
-            if self._filled == len(target):
-                self._target, self._filled = self._target + 1, 0
+            self._journal.add(target[begin : begin + nbytes])
 
     def finish(self) -> Step:
         """Return the step; it owns the buffer and the payload from now on.
@@ -222,13 +248,15 @@ class StepIntake:
             raise Malformed(f"the body ended after {self._received} of {self.frame_bytes} bytes")
         assert self._buffer is not None
         assert self.fields is not None
+        if self._journal is not None:
+            self._journal.drain()  # before any of the bytes is changed
         dtype, slots = self._expected.layout.dtype, self._expected.layout.by_name
         params: dict[str, wire.Tensor] = {}
         sparse: dict[str, Sparse] = {}
         for full_name, tensor in self._staged.items():
             kind, _, name = full_name.partition("/")
             if kind == "grad":
-                self._buffer.view(name)[:] = wire.as_bytes(wire.widen(tensor, dtype, full_name))
+                self._buffer.widen(name, tensor)
             elif kind == "param":
                 params[name] = wire.widen(tensor, dtype, full_name)
             elif name.endswith("/values"):
@@ -239,9 +267,7 @@ class StepIntake:
                 check_indices(indices, shape, f"sparse/{name}/indices")
                 values = wire.widen(tensor, dtype, full_name)
                 sparse[name] = Sparse(indices=indices, values=values, shape=shape)
-        digest, payload = b"", None
-        if self._journal is not None:
-            digest, payload = self._journal.digest(), self._journal.seal()
+        digest, payload = self._journal.seal() if self._journal is not None else (b"", None)
         step = Step(
             expected=self._expected,
             fields=self.fields,
@@ -263,10 +289,11 @@ class StepIntake:
         journal, self._journal = self._journal, None
         self._targets.clear()
         self._staged.clear()
+        release = buffer.release if buffer is not None else lambda: None
         if journal is not None:
-            journal.discard()
-        if buffer is not None:
-            buffer.release()
+            journal.abandon(release)
+        else:
+            release()
 
 
 def read_fields(metadata: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A read-only copy of a session's params at one version, shared by every reply that wants it."""
+"""A session's weights at one version, shared by every reply that wants them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 import xxhash
 
 from optserve.optim.layout import Layout
+from optserve.sessions.lending import Loan, Rounded
 from optserve_client import wire
 from optserve_client.errors import Invalid
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)
 class Published:
     """Weights of one version, in the layout's order and dtype."""
 
@@ -24,8 +25,19 @@ class Published:
     #: What else tells these weights from others: ``best`` changes without a version.
     revision: str = ""
     layout: Layout
-    #: uint8, read-only, ``layout.nbytes`` long.
-    data: np.ndarray
+    #: Their bytes, ``layout.nbytes`` of them.
+    loan: Loan
+
+    @property
+    def data(self) -> np.ndarray:
+        """The bytes as uint8, read-only, in a copy: to send them, use :attr:`loan`."""
+        return self.loan.settle()
+
+    def part(self, dtype: str) -> Loan | Rounded:
+        """Return the bytes as a reply sends them, in the wire dtype ``dtype``."""
+        if dtype == self.layout.dtype:
+            return self.loan
+        return Rounded(self.loan, self.layout.dtype, dtype)
 
     def arrays(self) -> dict[str, wire.Tensor]:
         """Return the tensors by name: views of ``data``."""
@@ -42,12 +54,11 @@ class Published:
             if name not in self.layout.by_name:
                 raise Invalid(f"names: the session has no parameter {name!r:.80}")
         smaller = self.layout.subset(wanted)
-        data = np.empty(smaller.nbytes, np.uint8)
+        data, whole = np.empty(smaller.nbytes, np.uint8), self.data
         for slot in smaller.slots:
             source = self.layout.by_name[slot.name]
-            data[slot.begin : slot.end] = self.data[source.begin : source.end]
-        data.flags.writeable = False
-        return replace(self, layout=smaller, data=data)
+            data[slot.begin : slot.end] = whole[source.begin : source.end]
+        return replace(self, layout=smaller, loan=Loan.of_copy(data))
 
     def etag(self, encoding: str, dtype: str) -> str:
         """Return the strong ETag of this representation."""

@@ -61,10 +61,12 @@ class Registry:
         self.threads = threads or devices.thread_count()
         self.residents = Residents(memory_budget)
         self._executor = Executor(executor_threads, lambda: devices.use_threads(self.threads))
+        self._scribes = Executor(2)
         self._background = Executor(1)
         self._home = Home(
             store=store,
             executor=self._executor,
+            scribes=self._scribes,
             background=self._background,
             residents=self.residents,
         )
@@ -99,6 +101,7 @@ class Registry:
         self._expiry.close()
         self._write_snapshots(time.monotonic() + snapshots_s)
         self._executor.close()
+        self._scribes.close()
         self._background.close()
         self.store.close()
 

@@ -73,6 +73,7 @@ class Session:
         self.used_at = time.monotonic()
         self._store = home.store
         self._executor = home.executor
+        self._scribes = home.scribes
         self._turn = home.executor.turn()
         self._held = Holding(home, row, state, owner_epoch)
 
@@ -167,6 +168,7 @@ class Session:
             lease=shape.pool.lease,
             writer=self._writer,
             limit_bytes=limit_bytes,
+            scribes=self._scribes,
         )
 
     def step_from_json(self, body: dict[str, Any], digest: bytes) -> Step:
@@ -376,7 +378,7 @@ class Session:
             raise outcome.error
         state.commit(event)
         if change.moves:
-            self._held.published = None
+            self._held.unpublish()
         self._held.show(state)
         self._held.snapshots.count(event, seconds)
         return {**counters(self.id, state, made), **reply}

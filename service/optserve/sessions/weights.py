@@ -1,4 +1,4 @@
-"""Which weights a reply can hold, and how they are copied out of a session."""
+"""Which weights a reply can hold, and how they get out of a session."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from dataclasses import replace
 import numpy as np
 
 from optserve.optim.engine import Engine
+from optserve.sessions.lending import Loan
 from optserve.sessions.published import Published
 from optserve.sessions.state import SessionState
 from optserve_client import wire
 from optserve_client.errors import Invalid
 
 WEIGHTS = ("live", "eval", "ema", "best")
+#: Live params up to this size are copied for replies, larger ones are lent.
+COPIED_BYTES = 64 * 2**10
 
 
 def publish(state: SessionState, weights: str) -> Published:
-    """Return a read-only copy of the ``live``, ``eval``, ``ema``, ``best`` or ``trial`` weights."""
-    data = _copied(state.engine, weights)
+    """Return the ``live``, ``eval``, ``ema``, ``best`` or ``trial`` weights."""
     return Published(
         generation=state.generation,
         version=state.version,
         weights=weights,
         revision="" if weights == "live" else f".{state.lsn}",
         layout=state.layout,
-        data=data,
+        loan=_loan(state.engine, weights),
     )
 
 
@@ -35,8 +37,7 @@ def subtract(new: Published, old: Published) -> Published:
     for name, tensor in new.arrays().items():
         slot = new.layout.by_name[name]
         raw[slot.begin : slot.end] = wire.as_bytes(_minus(tensor, before[name]))
-    data.flags.writeable = False
-    return replace(new, weights="delta", data=data)
+    return replace(new, weights="delta", loan=Loan.of_copy(data))
 
 
 def _minus(new: wire.Tensor, old: wire.Tensor) -> wire.Tensor:
@@ -45,6 +46,13 @@ def _minus(new: wire.Tensor, old: wire.Tensor) -> wire.Tensor:
     assert isinstance(new, np.ndarray)
     assert isinstance(old, np.ndarray)
     return np.subtract(new, old)
+
+
+def _loan(engine: Engine, weights: str) -> Loan:
+    live = engine.params
+    if weights == "live" and live.on_cpu and live.layout.nbytes > COPIED_BYTES:
+        return Loan(live.bytes)
+    return Loan.of_copy(_copied(engine, weights))
 
 
 def _copied(engine: Engine, weights: str) -> np.ndarray:

@@ -1,0 +1,105 @@
+"""The journal's copy of a large body, written by another thread while the rest still arrives."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from optserve.sessions.turn import Executor
+from optserve.store import Payload, PayloadWriter
+from optserve_client.errors import OptserveError
+
+#: Smaller bodies are written by whoever reads them: another thread costs more.
+BEHIND_BYTES = 2**20
+
+
+class Journaling:
+    """Hashes and writes pieces of memory in the order in which they were added.
+
+    The memory must stay as it is until :meth:`drain` has returned, or :meth:`abandon` has called
+    back. One thread adds, one ends; the writing is done there or on ``executor``.
+    """
+
+    def __init__(self, writer: PayloadWriter, executor: Executor | None) -> None:
+        """``executor`` None: everything is written by the caller, at once."""
+        self._writer = writer
+        self._executor = executor
+        self._todo: deque[memoryview] = deque()
+        self._waiting = 0
+        self._error: BaseException | None = None
+        #: What a job that writes is to do at its end.
+        self._release: Callable[[], None] | None = None
+        #: A job of the executor was asked for; it writes.
+        self._asked = self._writing = False
+        self._changed = threading.Condition()
+
+    def add(self, piece: memoryview) -> None:
+        """Write ``piece``, now or soon. Raises what an earlier write has met."""
+        if self._executor is None:
+            self._writer.write(piece)
+            return
+        with self._changed:
+            self._check()
+            self._todo.append(piece)
+            self._waiting += len(piece)
+            if self._asked or self._waiting < BEHIND_BYTES:
+                return
+            self._asked = True
+        try:
+            self._executor.submit(self._job)
+        except OptserveError:
+            self._asked = False
+            raise
+
+    def drain(self) -> None:
+        """Return once everything is written."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._writing)
+            self._check()
+            for piece in self._todo:
+                self._writer.write(piece)
+            self._todo.clear()
+
+    def seal(self) -> tuple[bytes, Payload]:
+        """Return digest and payload, after :meth:`drain`."""
+        return self._writer.digest(), self._writer.seal()
+
+    def abandon(self, release: Callable[[], None]) -> None:
+        """Forget everything, and call ``release`` once nobody reads the memory any more."""
+        with self._changed:
+            self._todo.clear()
+            if self._writing:
+                self._release = release  # which is the job's then
+                return
+        self._let_go(release)
+
+    def _let_go(self, release: Callable[[], None]) -> None:
+        self._writer.discard()
+        release()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _job(self) -> None:
+        while pieces := self._next():
+            try:
+                for piece in pieces:
+                    self._writer.write(piece)
+            except BaseException as exc:
+                self._error = exc
+        if self._release is not None:
+            self._let_go(self._release)
+
+    def _next(self) -> deque[memoryview]:
+        """Return what is to be written next; nothing ends the job."""
+        with self._changed:
+            pieces, self._todo, self._waiting = self._todo, deque(), 0
+            if self._error is not None:
+                pieces.clear()
+            if not pieces:
+                self._asked = False
+            self._writing = bool(pieces)
+            self._changed.notify_all()
+            return pieces
