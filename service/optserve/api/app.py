@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from optserve import __version__
 from optserve.api import (
@@ -27,6 +28,7 @@ from optserve.api import (
 )
 from optserve.api.draining import Drain
 from optserve.api.edge import Edge
+from optserve.api.routing import Direct, Handler
 from optserve.sessions.registry import Registry
 from optserve.settings import Settings
 
@@ -46,10 +48,23 @@ MODULES = (
 )
 
 
+class App(FastAPI):
+    """FastAPI, except that what is hot is found and called without its layers."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            for path, app in self.state.hot:
+                if found := path.match(scope["path"]):
+                    scope["app"], scope["path_params"] = self, found.groupdict()
+                    await app(scope, receive, send)
+                    return
+        await super().__call__(scope, receive, send)
+
+
 def create_app(registry: Registry, settings: Settings) -> FastAPI:
     """Return the app that serves ``registry``. It closes nothing: the caller owns the registry."""
     drain = Drain()
-    app = FastAPI(
+    app = App(
         title="optserve",
         version=__version__,
         summary="Optimization as a service",
@@ -68,7 +83,20 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
     for module in MODULES:
         # Not include_router, which would put a second lookup before each request.
         app.router.routes.extend(module.routes.routes)
+    app.state.hot = [
+        (route.path_regex, Edge(_answering(route.get_route_handler()), drain))
+        for route in step.routes.routes
+        if isinstance(route, Direct)
+    ]
     openapi.install(app)
+    return app
+
+
+def _answering(handle: Handler) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await handle(Request(scope, receive))
+        await response(scope, receive, send)
+
     return app
 
 

@@ -28,9 +28,20 @@ def settings_of(request: Request) -> Settings:
     return settings
 
 
+def headers_of(request: Request) -> dict[str, str]:
+    """Return the headers by name, in lower case; of those that are repeated, the first."""
+    found: dict[str, str] | None = request.scope.get("optserve.headers")
+    if found is None:
+        found = {}
+        for name, value in request.scope["headers"]:
+            found.setdefault(name.decode("latin-1"), value.decode("latin-1"))
+        request.scope["optserve.headers"] = found
+    return found
+
+
 def content_length(request: Request) -> int | None:
     """Return the announced length of the body: 0 if there is none, None if it comes in chunks."""
-    headers = request.headers
+    headers = headers_of(request)
     if "transfer-encoding" in headers:
         return None
     announced = headers.get("content-length", "0")
@@ -43,13 +54,14 @@ def body_kind(
     request: Request, accepted: tuple[Kind, ...] = ("json", "safetensors")
 ) -> Kind | None:
     """Return which of ``accepted`` the body is, by its Content-Type; None if there is no body."""
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    headers = headers_of(request)
+    coding = headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise UnsupportedMediaType(f"Content-Encoding must be identity, got {coding[:40]!r}")
     if content_length(request) == 0:
         return None
     types = " or ".join(media for media, kind in _KINDS.items() if kind in accepted)
-    given = request.headers.get("content-type")
+    given = headers.get("content-type")
     if given is None:
         raise UnsupportedMediaType(f"Content-Type is missing; it must be {types}")
     media, _, parameters = given.partition(";")

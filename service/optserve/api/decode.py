@@ -12,7 +12,7 @@ import xxhash
 from fastapi import Depends, Header, Query
 from starlette.requests import Request
 
-from optserve.api.bodies import Body, Kind, body_kind, settings_of
+from optserve.api.bodies import Body, Kind, body_kind, headers_of, settings_of
 from optserve.api.json_text import loads, loads_object
 from optserve.api.waiting import off_loop
 from optserve.optim import devices
@@ -79,7 +79,7 @@ def identify(claim: Identity, fields: dict[str, Any], digest: bytes) -> Identity
 
 def header_key(request: Request) -> str | None:
     """Return the Idempotency-Key header, checked; for routes without FastAPI's machinery."""
-    key = request.headers.get("idempotency-key")
+    key = headers_of(request).get("idempotency-key")
     if key is not None and not (1 <= len(key) <= KEY_LENGTH and _VISIBLE.fullmatch(key)):
         raise Invalid(
             f"Idempotency-Key must be 1 to {KEY_LENGTH} visible ASCII characters, got {key!r:.80}",

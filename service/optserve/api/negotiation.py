@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from optserve_client.errors import NotAcceptable
 
 _TAG = re.compile(r'\s*(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")\s*(?:,|$)')
 
 
-def negotiate(accept: str | None, offers: Sequence[str]) -> str:
+@lru_cache(256)
+def negotiate(accept: str | None, offers: tuple[str, ...]) -> str:
     """Return the media type of ``offers`` that ``accept`` likes best; the first of equals."""
     if accept is None or accept == "*/*":
         return offers[0]

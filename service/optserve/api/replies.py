@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from optserve.sessions.reply import Reply
 from optserve_client import wire
 from optserve_client.wire import META_KEY, SAFETENSORS
 
+_STRICT = json.JSONEncoder(allow_nan=False)
+
 JSON = "application/json"
 Encoding = Literal["list", "base64"]
 _DUMP = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
@@ -30,14 +33,22 @@ _DOCUMENT = _DUMP | orjson.OPT_APPEND_NEWLINE
 
 def finite(value: Any) -> Any:
     """Return ``value`` with NaN and infinities as strings, which orjson would write as null."""
+    try:  # as a rule there are none, which the standard library finds out much sooner
+        _STRICT.encode(value)
+    except (TypeError, ValueError):
+        return _spelled(value)
+    return value
+
+
+def _spelled(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         if math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
+        return {key: _spelled(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [_spelled(v) for v in value]
     return value
 
 
@@ -191,5 +202,5 @@ def _json_text(
 ) -> bytes:
     document = finite(fields)
     if params is not None:
-        document["params"] = json_tensors(params, encoding, dtype)
+        document = {**document, "params": json_tensors(params, encoding, dtype)}
     return orjson.dumps(document, option=_DOCUMENT)

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response
 
+from optserve.api.bodies import headers_of
 from optserve.api.negotiation import negotiate
 from optserve.api.replies import JSON
 from optserve.sessions.registry import Registry
@@ -103,11 +104,11 @@ def session_of(request: Request, session_id: str) -> Session:
 
 def any_media(request: Request) -> str:
     """Return JSON or safetensors, whichever Accept prefers; refuse before anything was done."""
-    return negotiate(request.headers.get("accept"), (JSON, SAFETENSORS))
+    return negotiate(headers_of(request).get("accept"), (JSON, SAFETENSORS))
 
 
 def json_media(request: Request) -> str:
-    return negotiate(request.headers.get("accept"), (JSON,))
+    return negotiate(headers_of(request).get("accept"), (JSON,))
 
 
 #: The media type of a reply that may hold tensors.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +16,7 @@ from optserve.api.replies import encode_reply
 from optserve.api.routing import Direct, SessionId, any_media, router, session_of
 from optserve.api.waiting import done, loaded, off_loop
 from optserve.sessions.ledger import Identity
+from optserve.sessions.reply import Reply
 from optserve.sessions.session import Session
 from optserve.sessions.step import Step
 from optserve_client.errors import (
@@ -68,7 +71,7 @@ async def post_step(session_id: SessionId, request: Request) -> Response:
     promises."""
     media, key, session = any_media(request), header_key(request), session_of(request, session_id)
     step = await decode_step(request, session)
-    return await encode_reply(media, await done(session.step(step, identity_of(step, key))))
+    return await encode_reply(media, await stepped(session, step, key))
 
 
 _ANY_STEP = operation(
@@ -91,8 +94,14 @@ async def post_any_step(request: Request) -> Response:
     the same body; later calls with the same create fields only step."""
     media, key = any_media(request), header_key(request)
     async with first_use(request) as call:
-        reply = await done(call.session.step(call.step, identity_of(call.step, key)))
+        reply = await stepped(call.session, call.step, key)
     return await encode_reply(media, reply, created=call.created)
+
+
+async def stepped(session: Session, step: Step, key: str | None) -> Reply:
+    """Take the step: a small one at once, all others on a thread that computes."""
+    back = asyncio.get_running_loop().call_soon_threadsafe
+    return await done(session.step(step, identity_of(step, key), back))
 
 
 async def decode_step(request: Request, session: Session) -> Step:

@@ -31,4 +31,6 @@ async def loaded(session: Session) -> None:
 
 async def done(future: Future[T]) -> T:
     """Wait for a job of a session. Who stops waiting does not cancel it: it was received whole."""
+    if future.done():
+        return future.result()
     return await asyncio.shield(asyncio.wrap_future(future))

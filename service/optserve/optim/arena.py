@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from weakref import WeakSet
 
 import numpy as np
@@ -59,17 +60,14 @@ class Arena:
         dtype = dtype or TORCH_DTYPES[layout.dtype]
         size = wire.itemsize(layout.dtype)
         self.flat = torch.empty(layout.nbytes // size, dtype=dtype, device=device)
+        self.on_cpu = self.flat.device.type == "cpu"
         #: The tensors by name: views of ``flat``.
         self.views = {
             slot.name: self.flat[slot.begin // size : slot.end // size].view(slot.shape)
             for slot in layout.slots
         }
 
-    @property
-    def on_cpu(self) -> bool:
-        return self.flat.device.type == "cpu"
-
-    @property
+    @cached_property
     def bytes(self) -> np.ndarray:
         """The buffer as uint8, shared with ``flat`` (CPU only)."""
         raw: np.ndarray = self.flat.view(torch.uint8).numpy()

@@ -6,9 +6,11 @@ leaves it half-changed; its owner throws it away and builds it anew from the jou
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,7 @@ class Engine:
             for group in recipe.groups
         ]
         self.optimizer = self.entry.build(groups, hyper, self.impl)
+        self._step = self._plain_step()
         self.torch_line = self.entry.torch_line(hyper, self.impl)
         self.set_scheduler(recipe.scheduler)
         self.ema = Ema(self.params, recipe.ema_decay) if recipe.ema_decay is not None else None
@@ -83,6 +86,15 @@ class Engine:
         self.window = Window(recipe.accumulate_steps, recipe.accumulate_reduce)
         self.line_search = LineSearch(self.optimizer) if self.entry.needs_loss else None
         self._make_pool()
+
+    def _plain_step(self) -> Callable[[], object]:
+        """Return torch's step without what its profiler and its hooks put around it, which takes
+        as long as the update of a small session."""
+        if not self.entry.torchs:
+            return self.optimizer.step
+        # Schedulers warn if they are stepped first; they find out by a wrapper of their own.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return torch.no_grad()(partial(inspect.unwrap(type(self.optimizer).step), self.optimizer))
 
     def nbytes(self) -> int:
         """Return about how much memory the session takes: its tensors, a gradient, a reply."""
@@ -219,7 +231,7 @@ class Engine:
         try:
             with torchs_refusals():
                 clip_coef = self._clip(recorded)
-                self.optimizer.step()
+                self._step()
         finally:
             for parameter in self.parameters.values():
                 parameter.grad = None

@@ -58,8 +58,12 @@ def _dense(grad: torch.Tensor) -> torch.Tensor:
 
 
 def total_norm(grads: Mapping[str, torch.Tensor]) -> float:
-    """Return the 2-norm over all gradients, in their order."""
-    return float(get_total_norm([_dense(grad) for grad in grads.values()]))
+    """Return the 2-norm over all gradients, in their order: torch.nn.utils.get_total_norm."""
+    tensors = [_dense(grad) for grad in grads.values()]
+    if not tensors or tensors[0].device.type != "cpu":
+        return float(get_total_norm(tensors))
+    # The same operations on one device and dtype, without the sorting by them.
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))
 
 
 def first_nonfinite(grads: Mapping[str, torch.Tensor]) -> str | None:

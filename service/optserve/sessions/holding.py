@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,10 @@ from optserve.sessions.turn import Executor
 from optserve.sessions.weights import publish
 from optserve.store.base import SessionRow, Store
 from optserve_client.errors import SessionNotFound
+
+#: What is no larger and took no longer than this at the last change may be done on the event loop.
+QUICK_BYTES = 16 * 2**10
+QUICK_S = 0.001
 
 #: A session that is put away gets a snapshot if replay would take longer than this.
 PUT_AWAY_REPLAY_S = 0.1
@@ -70,12 +75,25 @@ class Holding:
             home.store, row.key, row.last_lsn if state is None else state.lsn, home.background
         )
         self.past = Past(home.store, row.key)
+        #: What the last change took to apply.
+        self.apply_s = math.inf
         self._home = home
         self._owner_epoch = owner_epoch
         self._state: SessionState | None = None
         self._nbytes: int = row.about["resident_bytes"]
         if state is not None:
             self._adopt(state)
+
+    @property
+    def quick(self) -> bool:
+        """Whether the next step is so short that changing threads would take longer."""
+        state = self._state
+        return (
+            state is not None
+            and self.apply_s < QUICK_S
+            and state.layout.nbytes <= QUICK_BYTES
+            and self._owner_epoch is not None
+        )
 
     def own(self) -> int:
         """Return the owner epoch to commit with; the first call may write."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optserve.sessions.fields import StepFields, load_object, shown
-from optserve.sessions.journaling import BEHIND_BYTES, Journaling
+from optserve.sessions.journaling import BEHIND_BYTES, Journaling, JournalingBehind
 from optserve.sessions.step import (
     Expected,
     Lease,
@@ -153,8 +153,11 @@ class StepIntake:
             if target.nbytes:
                 self._targets.append(target)
         if self._writer is not None:
-            scribes = self._scribes if header.frame_bytes > BEHIND_BYTES else None
-            self._journal = Journaling(self._writer(header.frame_bytes), scribes)
+            writer = self._writer(header.frame_bytes)
+            if self._scribes is not None and header.frame_bytes > BEHIND_BYTES:
+                self._journal = JournalingBehind(writer, self._scribes)
+            else:
+                self._journal = Journaling(writer)
             self._journal.add(memoryview(self._head))
         self._received = len(self._head)
         self.frame_bytes = header.frame_bytes

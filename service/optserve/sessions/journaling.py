@@ -18,12 +18,34 @@ class Journaling:
     """Hashes and writes pieces of memory in the order in which they were added.
 
     The memory must stay as it is until :meth:`drain` has returned, or :meth:`abandon` has called
-    back. One thread adds, one ends; the writing is done there or on ``executor``.
+    back. One thread adds, one ends.
     """
 
-    def __init__(self, writer: PayloadWriter, executor: Executor | None) -> None:
-        """``executor`` None: everything is written by the caller, at once."""
+    def __init__(self, writer: PayloadWriter) -> None:
         self._writer = writer
+
+    def add(self, piece: memoryview) -> None:
+        """Write ``piece``, now or soon. Raises what an earlier write has met."""
+        self._writer.write(piece)
+
+    def drain(self) -> None:
+        """Return once everything is written."""
+
+    def seal(self) -> tuple[bytes, Payload]:
+        """Return digest and payload, after :meth:`drain`."""
+        return self._writer.digest(), self._writer.seal()
+
+    def abandon(self, release: Callable[[], None]) -> None:
+        """Forget everything, and call ``release`` once nobody reads the memory any more."""
+        self._writer.discard()
+        release()
+
+
+class JournalingBehind(Journaling):
+    """The same on a thread of ``executor``, as far as it keeps up."""
+
+    def __init__(self, writer: PayloadWriter, executor: Executor) -> None:
+        super().__init__(writer)
         self._executor = executor
         self._todo: deque[memoryview] = deque()
         self._waiting = 0
@@ -35,10 +57,6 @@ class Journaling:
         self._changed = threading.Condition()
 
     def add(self, piece: memoryview) -> None:
-        """Write ``piece``, now or soon. Raises what an earlier write has met."""
-        if self._executor is None:
-            self._writer.write(piece)
-            return
         with self._changed:
             self._check()
             self._todo.append(piece)
@@ -53,7 +71,6 @@ class Journaling:
             raise
 
     def drain(self) -> None:
-        """Return once everything is written."""
         with self._changed:
             self._changed.wait_for(lambda: not self._writing)
             self._check()
@@ -61,22 +78,13 @@ class Journaling:
                 self._writer.write(piece)
             self._todo.clear()
 
-    def seal(self) -> tuple[bytes, Payload]:
-        """Return digest and payload, after :meth:`drain`."""
-        return self._writer.digest(), self._writer.seal()
-
     def abandon(self, release: Callable[[], None]) -> None:
-        """Forget everything, and call ``release`` once nobody reads the memory any more."""
         with self._changed:
             self._todo.clear()
             if self._writing:
                 self._release = release  # which is the job's then
                 return
-        self._let_go(release)
-
-    def _let_go(self, release: Callable[[], None]) -> None:
-        self._writer.discard()
-        release()
+        super().abandon(release)
 
     def _check(self) -> None:
         if self._error is not None:
@@ -90,7 +98,7 @@ class Journaling:
             except BaseException as exc:
                 self._error = exc
         if self._release is not None:
-            self._let_go(self._release)
+            super().abandon(self._release)
 
     def _next(self) -> deque[memoryview]:
         """Return what is to be written next; nothing ends the job."""

@@ -14,7 +14,7 @@ from optserve.sessions.ledger import Identity
 from optserve.sessions.replay import replay
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
-from optserve.store.base import Event, Key, SessionRow, Store
+from optserve.store.base import Durability, Event, Key, SessionRow, Store
 from optserve_client.errors import Damaged, Invalid, OutOfSpace, SessionNotFound, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -27,6 +27,9 @@ def event_of(
     identity: Identity,
     reply: Mapping[str, Any],
     owner_epoch: int,
+    *,
+    about: Mapping[str, Any] | None,
+    durability: Durability,
 ) -> Event:
     """Return the event of a change that was applied to ``state`` but is not counted in yet."""
     record: dict[str, Any] = {
@@ -53,7 +56,8 @@ def event_of(
         loss=change.loss,
         grad_norm=describe.finite(change.grad_norm),
         payload=change.payload,
-        durability=state.config["durability"],
+        durability=durability,
+        about=about,
     )
 
 

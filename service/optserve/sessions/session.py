@@ -28,7 +28,7 @@ from optserve.sessions.replay import write_frame
 from optserve.sessions.reply import Reply, counters, step_reply
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
-from optserve.sessions.turn import Waiting
+from optserve.sessions.turn import Back, Waiting
 from optserve.sessions.weights import publish
 from optserve.store.base import (
     DURABILITIES,
@@ -185,9 +185,16 @@ class Session:
     def _writer(self, size: int) -> PayloadWriter:
         return self._store.writer(size, self.row.about["durability"])
 
-    def step(self, step: Step, identity: Identity) -> Future[Reply]:
-        """Take one step; its buffer is given back whatever happens."""
+    def step(self, step: Step, identity: Identity, back: Back | None = None) -> Future[Reply]:
+        """Take one step; its buffer is given back whatever happens.
+
+        With ``back``, which leads to the thread that calls, a small one is taken here and now.
+        """
         self.used_at = time.monotonic()
+        if back is not None and self._held.quick:
+            done = self._turn.run_here(lambda: self._step(step, identity, here=True), back)
+            if done is not None:
+                return done
         begun = False
 
         def job() -> Waiting[Reply]:
@@ -207,7 +214,7 @@ class Session:
         future.add_done_callback(ended)
         return future
 
-    def _step(self, step: Step, identity: Identity) -> Waiting[Reply]:
+    def _step(self, step: Step, identity: Identity, *, here: bool = False) -> Waiting[Reply]:
         fields = step.fields
         held, payload = True, step.payload
         try:
@@ -228,7 +235,7 @@ class Session:
                 step.buffer.release()
                 if change.payload is not None:
                     payload = None  # the commit's from here on
-                scalars = yield from self._commit(state, change, identity, seconds)
+                scalars = yield from self._commit(state, change, identity, seconds, here=here)
             self._held.snapshots.write_if_due(state)
             return self._step_reply(state, step, scalars, before)
         finally:
@@ -357,17 +364,31 @@ class Session:
         identity: Identity,
         seconds: float,
         durability: Durability | None = None,
+        *,
+        here: bool = False,
     ) -> Waiting[dict[str, Any]]:
-        """Append the event of an applied change, count it in, and return the reply's scalars."""
+        """Append the event of an applied change, count it in, and return the reply's scalars.
+
+        ``here``: on a thread that must not wait for a disk.
+        """
         made = state.version + 1 if change.moves else None
         if change.kind != "step" or state.updates == 0:
             self._held.measure(state)
         reply = describe.strict({"applied_version": made, **change.reply})
-        event = event_of(self.key, state, change, identity, reply, self._held.own())
-        event = replace(event, about=self._held.news(state))
+        promised: Durability = state.config["durability"]
         if durability is not None:  # what changes the durability is as safe as both say
-            event = replace(event, durability=min(durability, event.durability, key=_strength))
-        if self._executor.spare:
+            promised = min(durability, promised, key=_strength)
+        event = event_of(
+            self.key,
+            state,
+            change,
+            identity,
+            reply,
+            self._held.own(),
+            about=self._held.news(state),
+            durability=promised,
+        )
+        if self._executor.spare and not here:
             [outcome] = self._store.append([event])
         else:  # the thread is better used for somebody else's numbers
             [outcome] = yield self._store.submit([event])
@@ -381,6 +402,7 @@ class Session:
             self._held.unpublish()
         self._held.show(state)
         self._held.snapshots.count(event, seconds)
+        self._held.apply_s = seconds
         return {**counters(self.id, state, made), **reply}
 
     def _repeat(self, state: SessionState, known: Duplicate) -> dict[str, Any]:

@@ -24,6 +24,10 @@ T = TypeVar("T")
 #: A job that waits: yields futures, is sent their results, returns its own.
 Waiting: TypeAlias = Generator[Future[Any], Any, T]
 
+#: Has a function called on another thread, soon: ``loop.call_soon_threadsafe``. Raises RuntimeError
+#: if that thread has ended.
+Back: TypeAlias = Callable[[Callable[[], object]], object]
+
 #: Jobs that may wait for one turn; more than that is a caller that does not wait for answers.
 QUEUE_LIMIT = 1_000
 RETRY_AFTER_S = 1
@@ -39,6 +43,9 @@ class Executor:
             raise ValueError(f"threads must be >= 1, got {threads}")
         self._pool = ThreadPoolExecutor(threads, "optserve", initializer)
         self._threads = threads
+        self._initializer = initializer
+        #: Threads of others that run jobs: see :meth:`Turn.run_here`.
+        self._adopted: set[int] = set()
         self._idle = threading.Condition()
         self._waiting = 0
         #: Jobs that run or wait for a thread.
@@ -74,8 +81,20 @@ class Executor:
         """Whether a thread is free, so that the job that asks may as well wait on its own."""
         return self._jobs < self._threads
 
-    def after(self, waited: Future[A], fn: Callable[[Future[A]], object]) -> None:
-        """Run ``fn(waited)`` when ``waited`` has ended; also after :meth:`close` began."""
+    def adopt_thread(self) -> None:
+        """Call the initializer on this thread, once."""
+        if threading.get_ident() not in self._adopted:
+            if self._initializer is not None:
+                self._initializer()
+            self._adopted.add(threading.get_ident())
+
+    def after(
+        self, waited: Future[A], fn: Callable[[Future[A]], object], back: Back | None = None
+    ) -> None:
+        """Run ``fn(waited)`` when ``waited`` has ended; also after :meth:`close` began.
+
+        With ``back``, on the thread that that leads to.
+        """
         # Whoever keeps ``waited``, or a cycle, must not keep a job and its reply with it.
         once = [fn]
         with self._idle:
@@ -84,7 +103,7 @@ class Executor:
         def go_on(ended: Future[A]) -> None:
             go = once.pop()
             try:
-                self._submit(partial(go, ended))
+                (back or self._submit)(partial(go, ended))
             except RuntimeError:  # shut down meanwhile: what was begun is still finished
                 go(ended)
             finally:
@@ -160,6 +179,21 @@ class Turn:
                 raise
         return future
 
+    def run_here(self, fn: Callable[[], Waiting[T]], back: Back) -> Future[T] | None:
+        """Run a job that waits on this thread, now; None: the turn is taken.
+
+        It must be short. After a wait it goes on where ``back`` leads, which is to be this thread.
+        """
+        with self._lock:
+            if self._scheduled:
+                return None
+            self._scheduled = self._running = True
+        self._executor.adopt_thread()
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        self._advance(future, fn(), None, back)
+        return future
+
     def run_if_idle(self, fn: Callable[[], object]) -> bool:
         """Run ``fn`` here and now if no job runs or waits; return whether it ran."""
         with self._lock:
@@ -198,7 +232,13 @@ class Turn:
             else:
                 self._end(future, None, result)
 
-    def _advance(self, future: Future[Any], job: Waiting[Any], waited: Future[Any] | None) -> None:
+    def _advance(
+        self,
+        future: Future[Any],
+        job: Waiting[Any],
+        waited: Future[Any] | None,
+        back: Back | None = None,
+    ) -> None:
         """Run a job that waits up to its next wait, or to its end."""
         error: BaseException | None
         while True:
@@ -219,7 +259,7 @@ class Turn:
                 return
             if not waited.done():
                 break
-        self._executor.after(waited, partial(self._advance, future, job))
+        self._executor.after(waited, partial(self._advance, future, job, back=back), back)
 
     def _end(self, future: Future[Any], exc: BaseException | None, result: Any = None) -> None:
         self._running = False

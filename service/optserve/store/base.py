@@ -34,6 +34,8 @@ SPENT_S = 24 * 3600.0
 Durability = Literal["always", "os", "memory"]
 DURABILITIES: tuple[Durability, ...] = ("always", "os", "memory")
 
+_STRICT = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+
 BytesLike = bytes | bytearray | memoryview
 
 
@@ -348,6 +350,6 @@ def record_text(event: Event) -> str:
         if value is not None and not math.isfinite(value):
             raise Internal(f"{where}: {name} must be finite or None, got {value!r}")
     try:
-        return json.dumps(event.record, allow_nan=False, separators=(",", ":"))
+        return _STRICT.encode(event.record)
     except (TypeError, ValueError, RecursionError) as exc:
         raise Internal(f"{where}: the record is not strict JSON: {exc}") from exc

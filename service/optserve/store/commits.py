@@ -55,9 +55,10 @@ class Commits:
 
     def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
         job = self._enqueue(events)
-        for pending in job.pending():
-            pending.add_done_callback(lambda _: self._wake())
-        self._wake()
+        if not job.future.done():
+            for pending in job.pending():
+                pending.add_done_callback(lambda _: self._wake())
+            self._wake()
         return job.future
 
     def append(self, events: Sequence[Event]) -> list[Outcome]:
