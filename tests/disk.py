@@ -213,6 +213,8 @@ class LossyDisk:
         self._inodes: dict[int, bytearray] = {}
         self._names: dict[str, int] = {}
         self._open: dict[int, tuple[int, str]] = {}
+        #: Where the next write of a descriptor goes.
+        self._at: dict[int, int] = {}
         self._next = 1
         for number, (name, data) in enumerate(sorted(contents.items()), start=-len(contents)):
             self._inodes[number] = bytearray(data)
@@ -249,6 +251,11 @@ class LossyDisk:
         with self.log.lock:
             return self._descriptor(self._found(path), path.name)
 
+    def overwrite(self, path: Path) -> int:
+        self._may("overwrite", path.name)
+        with self.log.lock:
+            return self._descriptor(self._found(path), path.name)
+
     def size(self, path: Path) -> int:
         with self.log.lock:
             return len(self._inodes[self._found(path)])
@@ -259,8 +266,9 @@ class LossyDisk:
         if self._may("write", name) == "rot":
             data = bytes([data[0] ^ 1]) + data[1:]
         with self.log.lock:
-            at = len(self._inodes[inode])
-            self._inodes[inode] += data
+            at = self._at.get(fd, 0)
+            self._at[fd] = at + len(data)
+            _put(self._inodes[inode], at, data)
             self.log.add("write", inode, at, data)
         return len(data)
 

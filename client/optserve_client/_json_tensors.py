@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal
@@ -109,29 +110,28 @@ def _flatten(value: Any, name: str) -> tuple[list[Any], tuple[int, ...]]:
     """Return the numbers of nested lists and their shape; whole levels at C speed."""
     flat: list[Any] = [value]
     dims: list[int] = []
-    while flat and list in (types := set(map(type, flat))):
-        lengths = set(map(len, flat)) if types == {list} else set()
+    # A list among numbers is found when they are converted.
+    while flat and type(flat[0]) is list:
+        lengths = set(map(len, flat)) if set(map(type, flat)) == {list} else set()
         if len(lengths) != 1:
-            raise Invalid(f"{name} is ragged: at depth {len(dims)} not all are lists of one length")
+            raise _ragged(name, len(dims))
         if len(dims) == MAX_RANK:
             raise Invalid(f"{name} has more than {MAX_RANK} dimensions")
         dims.append(lengths.pop())
-        flat = list(chain.from_iterable(flat))
+        flat = flat[0] if len(flat) == 1 else list(chain.from_iterable(flat))
     return flat, tuple(dims)
 
 
+def _ragged(name: str, depth: int) -> Invalid:
+    return Invalid(f"{name} is ragged: at depth {depth} not all are lists of one length")
+
+
 def _from_numbers(flat: list[Any], dims: Sequence[int], name: str, dtype: str) -> Tensor:
-    types = set(map(type, flat))
     if dtype in _INTEGERS:
-        return _integers(flat, dims, name, dtype, types)
+        return _integers(flat, dims, name, dtype)
     if dtype not in {"F64", "F32", "F16", "BF16"}:
         raise Invalid(f"{name}: {dtype_name(dtype)} cannot be given as lists, only as base64")
-    if not types <= {int, float}:
-        flat = [_number(v, i, dims, name) for i, v in enumerate(flat)]
-    try:
-        wide = np.array(flat, np.float64)
-    except OverflowError as exc:
-        raise Invalid(f"{name} holds an integer too large for float64") from exc
+    wide = _float64(flat, dims, name)
     if dtype == "F64":
         return wide.reshape(dims)
     with np.errstate(over="ignore"):
@@ -148,9 +148,31 @@ def _from_numbers(flat: list[Any], dims: Sequence[int], name: str, dtype: str) -
     return tensor.reshape(dims)
 
 
-def _integers(
-    flat: list[Any], dims: Sequence[int], name: str, dtype: str, types: set[type]
-) -> Array:
+def _float64(flat: list[Any], dims: Sequence[int], name: str) -> Array:
+    try:
+        # Takes numbers only, and sooner than numpy does.
+        wide = np.frombuffer(array("d", flat), np.float64)
+    except OverflowError as exc:
+        raise Invalid(f"{name} holds an integer too large for float64") from exc
+    except TypeError:
+        _check_depth(flat, dims, name)
+        return _float64([_number(v, i, dims, name) for i, v in enumerate(flat)], dims, name)
+    # But also true and false, as 1 and 0.
+    maybe = np.flatnonzero((wide == 0) | (wide == 1)).tolist()
+    if bool in set(map(type, map(flat.__getitem__, maybe))):
+        at = next(at for at in maybe if type(flat[at]) is bool)
+        _number(flat[at], at, dims, name)
+    return wide
+
+
+def _check_depth(flat: list[Any], dims: Sequence[int], name: str) -> None:
+    if list in set(map(type, flat)):
+        raise _ragged(name, len(dims))
+
+
+def _integers(flat: list[Any], dims: Sequence[int], name: str, dtype: str) -> Array:
+    types = set(map(type, flat))
+    _check_depth(flat, dims, name)
     if not types <= {int}:
         at = next(i for i, v in enumerate(flat) if type(v) is not int)
         raise Invalid(f"{name}{_index(at, dims)} must be an integer, got {_json_word(flat[at])}")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from optserve.api import replies, waiting
+from optserve.api.connection import pieces
 from optserve.api.negotiation import matches, negotiate
 from optserve.api.replies import JSON, dump, finite, json_tensors, tensor_frame
 from optserve.optim.layout import Layout
+from optserve.sessions.lending import PIECE_BYTES, Loan
 from optserve.sessions.published import Published
 from optserve_client import wire
 from optserve_client.errors import NotAcceptable
@@ -78,7 +81,12 @@ def test_if_none_match_takes_lists_stars_and_weak_tags(condition: str, hit: bool
 def published(dtype: str, tensors: dict[str, wire.Tensor]) -> Published:
     layout = Layout.pack(dtype, ((name, tuple(t.shape)) for name, t in tensors.items()))
     data = np.frombuffer(b"".join(wire.as_bytes(t) for t in tensors.values()), np.uint8)
-    return Published(generation="g", version=3, weights="live", layout=layout, data=data)
+    loan = Loan.of_copy(data.copy())
+    return Published(generation="g", version=3, weights="live", layout=layout, loan=loan)
+
+
+def whole(parts: Sequence[Any]) -> bytes:
+    return b"".join(p if isinstance(p, bytes) else b"".join(pieces(p)) for p in parts)
 
 
 def read_back(text: bytes, name: str, tag: str, shape: tuple[int, ...]) -> wire.Tensor:
@@ -135,7 +143,7 @@ def test_a_frame_is_what_the_safetensors_package_reads(dtype: str | None) -> Non
         "a": np.array(0.25, "<f4"),
         "empty": np.empty((0, 3), "<f4"),
     }
-    frame = b"".join(tensor_frame(published("F32", tensors), dtype, {"version": 3, "x": math.inf}))
+    frame = whole(tensor_frame(published("F32", tensors), dtype, {"version": 3, "x": math.inf}))
     loaded = safetensors.numpy.load(frame)
     assert set(loaded) == {"param/b", "param/a", "param/empty"}
     for name, array in tensors.items():
@@ -148,12 +156,12 @@ def test_a_frame_is_what_the_safetensors_package_reads(dtype: str | None) -> Non
 def test_the_frame_of_a_reply_is_not_copied() -> None:
     source = published("F32", {"w": np.arange(6, dtype="<f4")})
     _, data = tensor_frame(source, None, {})
-    assert np.shares_memory(np.frombuffer(data, np.uint8), source.data)
+    assert data is source.loan
 
 
-def test_a_large_frame_is_sent_in_pieces_of_its_own_memory() -> None:
-    data = np.arange(700_000, dtype=np.uint8)
-    response = replies.BinaryResponse([b"head", data.data, b""])
+def test_behind_another_server_a_large_frame_is_sent_in_pieces() -> None:
+    data = np.arange(2_500_000, dtype=np.uint8)
+    response = replies.PartsResponse([b"head", Loan.of_copy(data), b""])
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -165,11 +173,10 @@ def test_a_large_frame_is_sent_in_pieces_of_its_own_memory() -> None:
     asyncio.run(response({"type": "http"}, receive, send))
     headers = dict(sent[0]["headers"])
     bodies = [message["body"] for message in sent[1:]]
-    assert headers[b"content-length"] == b"700004"
+    assert headers[b"content-length"] == b"2500004"
     assert b"".join(bodies) == b"head" + data.tobytes()
-    assert max(map(len, bodies)) == replies.CHUNK_BYTES
-    assert np.shares_memory(np.frombuffer(bodies[1], np.uint8), data)
-    assert [message["more_body"] for message in sent[1:]] == [True] * 4 + [False]
+    assert max(map(len, bodies)) == PIECE_BYTES
+    assert [message["more_body"] for message in sent[1:]] == [True] * 5 + [False]
 
 
 def test_small_work_stays_on_the_loop_and_large_work_leaves_it() -> None:

@@ -20,6 +20,7 @@ from optserve.store.disk import DirectorySync
 from optserve.store.files import FilePayload, FileWriter, PayloadFiles
 from optserve.store.held import HeldFile
 from optserve.store.schema import STATEMENTS, Sql
+from optserve.store.spares import Spares
 from optserve.store.writing import Writing
 from optserve_client.errors import Damaged
 from tests.conftest import LONG
@@ -225,6 +226,20 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
     for name in ("append", "snapshot", "unpin", "delete"):
         hasty(name)
+    patch.setattr(Spares, "put", lambda *_: False)  # they go, and are not just written over later
+
+
+@mutant("a file is written over whose row is there")
+def _(patch: pytest.MonkeyPatch) -> None:
+    original = PayloadFiles.create
+
+    def create(self: PayloadFiles, nbytes: int) -> HeldFile:
+        for name in self.disk.names(self.directory):
+            if name not in self._held and self.disk.size(self.directory / name) == nbytes:
+                self._spares.put(name, nbytes)
+        return original(self, nbytes)
+
+    patch.setattr(PayloadFiles, "create", create)
 
 
 @mutant("a snapshot is not read back before an older one goes")

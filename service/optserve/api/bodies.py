@@ -17,6 +17,8 @@ from optserve_client.wire import SAFETENSORS
 JSON = "application/json"
 Kind = Literal["json", "safetensors"]
 
+#: Of a body whose size nobody can tell beforehand.
+BLOCK_BYTES = 2**20
 #: What is left of a body must be more than this for the connection to be lent to it.
 LENT_BYTES = 64 * 1024
 
@@ -151,20 +153,51 @@ class Body:
     async def read(self) -> bytes | bytearray:
         """Return the whole body.
 
-        The buffer grows with what arrives: an announced length costs its sender nothing, so no
-        memory is set aside for it. Growing is cheap, since large blocks are remapped, not copied.
+        Memory is set aside for what arrives: an announced length costs its sender nothing.
         """
-        chunks = self.chunks()
-        first = await anext(chunks, b"")
-        if self.length == len(first):
-            async for _ in chunks:  # the end of the body may come as a message of its own
-                raise Malformed(f"the body goes on after the announced {self.length} bytes")
-            return first
-        whole = bytearray(first)
-        async for chunk in chunks:
-            whole += chunk
-            if self.length is not None and len(whole) > self.length:
-                raise Malformed(f"the body goes on after the announced {self.length} bytes")
-        if self.length is not None and len(whole) != self.length:
-            raise Malformed(f"the body ends after {len(whole)} of {self.length} bytes")
-        return whole
+        blocks = Blocks()
+        await self.into(blocks)
+        if self.length is not None and blocks.nbytes != self.length:
+            beyond = blocks.nbytes > self.length
+            how = "goes on after the announced" if beyond else f"ends after {blocks.nbytes} of"
+            raise Malformed(f"the body {how} {self.length} bytes")
+        return blocks.joined()
+
+
+class Blocks:
+    """A sink of any length."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes | bytearray | memoryview] = []
+        self._block = memoryview(b"")
+        self._filled = 0
+        self.nbytes = 0
+
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
+        if chunk:
+            self._end_block()
+            self._blocks.append(chunk)
+            self.nbytes += len(chunk)
+
+    def room(self) -> memoryview:
+        if self._filled == len(self._block):
+            self._end_block()
+            self._block = memoryview(bytearray(BLOCK_BYTES))
+        return self._block[self._filled :]
+
+    def filled(self, nbytes: int) -> None:
+        self._filled += nbytes
+        self.nbytes += nbytes
+
+    def _end_block(self) -> None:
+        if self._filled:
+            self._blocks.append(self._block[: self._filled])
+        self._block, self._filled = memoryview(b""), 0
+
+    def joined(self) -> bytes | bytearray:
+        """Return everything; the sink is empty then."""
+        self._end_block()
+        blocks, self._blocks = self._blocks, []
+        if len(blocks) == 1 and isinstance(blocks[0], bytes | bytearray):
+            return blocks[0]
+        return b"".join(blocks)

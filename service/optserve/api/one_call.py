@@ -199,9 +199,7 @@ async def _read_header(chunks: Chunks) -> tuple[wire.Header, bytes]:
     raise Malformed(f"the body ended after {len(begun)} bytes, inside its header")
 
 
-async def _read_tensors(
-    header: wire.Header, begun: bytes, chunks: Chunks
-) -> dict[str, Tensor]:
+async def _read_tensors(header: wire.Header, begun: bytes, chunks: Chunks) -> dict[str, Tensor]:
     data = bytearray(begun)
     async for chunk in chunks:
         data += chunk

@@ -98,7 +98,7 @@ def converted(params: Published, dtype: str | None) -> dict[str, wire.Tensor]:
 # --- binary --------------------------------------------------------------------------------------
 
 
-class BinaryResponse(Response):
+class PartsResponse(Response):
     """Parts one after the other, none of them copied where the connection can do without."""
 
     def __init__(
@@ -106,11 +106,12 @@ class BinaryResponse(Response):
         parts: Sequence[Part | bytes],
         status_code: int = 200,
         headers: Mapping[str, str] | None = None,
+        media_type: str = SAFETENSORS,
     ) -> None:
         self.parts = parts
         length = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
         super().__init__(
-            None, status_code, {**(headers or {}), "content-length": str(length)}, SAFETENSORS
+            None, status_code, {**(headers or {}), "content-length": str(length)}, media_type
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +148,7 @@ def tensor_frame(
     if params is None:
         return [wire.encode_header((), metadata)]
     tag = dtype or params.layout.dtype
-    infos = [(f"param/{slot.name}", tag, slot.shape) for slot in params.layout.slots]
+    infos = ((name, tag, shape) for name, shape in params.layout.params)
     return [wire.encode_header(infos, metadata), params.part(tag)]
 
 
@@ -191,10 +192,10 @@ async def _encode(
     headers: Mapping[str, str],
 ) -> Response:
     if media == SAFETENSORS:
-        return BinaryResponse(tensor_frame(params, dtype, fields), status, headers)
+        return PartsResponse(tensor_frame(params, dtype, fields), status, headers)
     nbytes = params.layout.nbytes if params else 0
     text = await off_loop(nbytes, _json_text, fields, params, encoding, dtype)
-    return Response(text, status, headers, JSON)
+    return PartsResponse([text], status, headers, JSON)
 
 
 def _json_text(

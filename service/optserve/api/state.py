@@ -13,7 +13,7 @@ from optserve.api.bodies import Body, body_kind, settings_of
 from optserve.api.decode import Claim, digest_of
 from optserve.api.negotiation import negotiate
 from optserve.api.openapi import BINARY, operation
-from optserve.api.replies import BinaryResponse, encode_reply
+from optserve.api.replies import PartsResponse, encode_reply
 from optserve.api.routing import TENANT, Media, SessionId, registry_of, router, session_of
 from optserve.api.waiting import done, off_loop
 from optserve.sessions.ledger import Identity, check_identity
@@ -44,7 +44,7 @@ async def get_state(session_id: SessionId, request: Request) -> Response:
     session = session_of(request, session_id)
     frame = await done(session.export())
     name = f'attachment; filename="{session.id}.safetensors"'
-    return BinaryResponse(frame, headers={"content-disposition": name})
+    return PartsResponse(frame, headers={"content-disposition": name})
 
 
 @routes.put(

@@ -269,6 +269,11 @@ class Engine:
             torch._foreach_mul_(grads, coef.to(self.params.flat.device))
         return float(coef)
 
+    def check_advance(self, metric: float | None) -> None:
+        """Raise SchedulerFailed if the automatic scheduler could not follow the next update."""
+        if self.scheduler is not None and self.advance == "step":
+            self.scheduler.check_step(metric if self.scheduler.needs_metrics else None)
+
     def advance_scheduler(
         self, metric: float | None, recorded: Mapping[str, Any] | None = None
     ) -> Mapping[str, Any]:

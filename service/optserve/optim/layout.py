@@ -50,6 +50,11 @@ class Layout:
     def by_name(self) -> dict[str, Slot]:
         return {slot.name: slot for slot in self.slots}
 
+    @cached_property
+    def params(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names in a frame, and shapes."""
+        return tuple((f"param/{slot.name}", slot.shape) for slot in self.slots)
+
     @property
     def names(self) -> list[str]:
         return [slot.name for slot in self.slots]

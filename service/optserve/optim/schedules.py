@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from optserve.optim import schedule_specs
@@ -18,6 +18,10 @@ from optserve_client.errors import Invalid, OptserveError, SchedulerFailed, Torc
 _PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "base_momentums", "max_momentums", "lr_lambdas")
 #: Hyperparameters that torch's schedulers write.
 _WRITTEN = ("lr", "momentum", "betas")
+
+
+class _TakenBack(Exception):
+    """A step was only a trial."""
 
 
 class Scheduler:
@@ -71,6 +75,12 @@ class Scheduler:
             except Exception as exc:
                 at = self.last_epoch
                 raise SchedulerFailed(f"{self.name} at step {at}: {sentence(exc)}") from exc
+
+    def check_step(self, metrics: float | None = None) -> None:
+        """Raise what :meth:`step` would raise; nothing changes."""
+        with suppress(_TakenBack), self._unchanged_on_error():
+            self.step(metrics)
+            raise _TakenBack
 
     def check_metrics(self, metrics: float | None) -> tuple[float, ...]:
         """Return the arguments of torch's ``step``; raise Invalid for metrics it cannot take."""

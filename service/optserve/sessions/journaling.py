@@ -6,12 +6,40 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+import xxhash
+
 from optserve.sessions.turn import Executor
 from optserve.store import Payload, PayloadWriter
+from optserve.store.base import BytesLike
 from optserve_client.errors import OptserveError
 
 #: Smaller bodies are written by whoever reads them: another thread costs more.
 BEHIND_BYTES = 2**20
+#: Larger gradients are not kept in a session of durability ``memory``.
+KEPT_BYTES = 2**20
+
+
+class Unkept:
+    """Takes bytes for their digest alone.
+
+    A session of durability ``memory`` would fill the disk with gradients, as fast as it is stepped,
+    for nothing but a failure in the middle of an update; then it goes back to its last snapshot.
+    """
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def write(self, chunk: BytesLike) -> None:
+        self._hash.update(chunk)
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+    def seal(self) -> None:
+        return None
+
+    def discard(self) -> None:
+        """There is nothing."""
 
 
 class Journaling:
@@ -21,7 +49,7 @@ class Journaling:
     back. One thread adds, one ends.
     """
 
-    def __init__(self, writer: PayloadWriter) -> None:
+    def __init__(self, writer: PayloadWriter | Unkept) -> None:
         self._writer = writer
 
     def add(self, piece: memoryview) -> None:
@@ -31,8 +59,8 @@ class Journaling:
     def drain(self) -> None:
         """Return once everything is written."""
 
-    def seal(self) -> tuple[bytes, Payload]:
-        """Return digest and payload, after :meth:`drain`."""
+    def seal(self) -> tuple[bytes, Payload | None]:
+        """Return digest and payload, if one is kept, after :meth:`drain`."""
         return self._writer.digest(), self._writer.seal()
 
     def abandon(self, release: Callable[[], None]) -> None:
@@ -44,7 +72,7 @@ class Journaling:
 class JournalingBehind(Journaling):
     """The same on a thread of ``executor``, as far as it keeps up."""
 
-    def __init__(self, writer: PayloadWriter, executor: Executor) -> None:
+    def __init__(self, writer: PayloadWriter | Unkept, executor: Executor) -> None:
         super().__init__(writer)
         self._executor = executor
         self._todo: deque[memoryview] = deque()

@@ -74,7 +74,8 @@ def read_back(store: Store, row: SessionRow, own: Callable[[], int]) -> SessionS
     """
     name = row.key.session
     try:
-        state = replay(store, row.key, lossy=row.suspect)
+        # What is kept in memory alone may be in nobody's: see journaling.Unkept.
+        state = replay(store, row.key, lossy=row.suspect or row.durability == "memory")
     except (Unavailable, OutOfSpace, SessionNotFound):
         raise
     except (Invalid, MemoryError, OSError) as exc:
@@ -89,7 +90,7 @@ def read_back(store: Store, row: SessionRow, own: Callable[[], int]) -> SessionS
             f"`optserve fsck --salvage {name}` goes back to what can be read, "
             "DELETE removes the session"
         ) from exc
-    if row.suspect:
+    if row.suspect or state.lsn < row.last_lsn:
         _rewind(store, row.key, state, own())
     return state
 

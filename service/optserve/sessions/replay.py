@@ -24,6 +24,10 @@ from optserve_client.errors import Damaged, Internal, SessionNotFound
 log = structlog.get_logger(__name__)
 
 
+class PayloadGone(Internal):
+    """An event cannot be replayed: its tensors were not kept."""
+
+
 def write_frame(
     store: Store,
     buffers: Iterable[bytes | memoryview],
@@ -46,8 +50,8 @@ def replay(
     """Return the state after event ``upto_lsn`` (None: the last one), bit for bit.
 
     A snapshot that does not read back is passed over for the one before. With ``lossy`` the state
-    ends before the first event whose payload does not read back. Raises SessionNotFound, and
-    Damaged or Internal when something that is needed is gone.
+    ends before the first event whose payload was not kept or does not read back. Raises
+    SessionNotFound, and Damaged or Internal when something that is needed is gone.
     """
     state = _fold(store, key, upto_lsn, lossy)
     if state.engine.line_search is not None:
@@ -64,7 +68,7 @@ def _fold(store: Store, key: Key, upto_lsn: int | None, lossy: bool) -> SessionS
                 state = first_state(event)
             else:
                 _apply(state, event)
-        except Damaged:
+        except (Damaged, PayloadGone):
             if state is None or not lossy:
                 raise
             log.warning("the journal ends early", session=key.session, lsn=event.lsn)
@@ -174,7 +178,9 @@ def _apply_step(state: SessionState, step: Step, event: Event) -> None:
 def read_step(state: SessionState, event: Event) -> Step:
     """Return the step whose wire bytes the journal holds."""
     if event.payload is None:
-        raise Internal(f"session {event.key.session!r}: the payload of event {event.lsn} is gone")
+        raise PayloadGone(
+            f"session {event.key.session!r}: the payload of event {event.lsn} is gone"
+        )
     intake = StepIntake(
         expected=Expected(layout=state.layout, sparse=state.engine.recipe.sparse),
         lease=state.engine.pool.lease,

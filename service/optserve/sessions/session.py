@@ -20,6 +20,7 @@ from optserve.optim.layout import Layout
 from optserve.sessions import describe, operations, stepping
 from optserve.sessions.holding import Holding, Home
 from optserve.sessions.intake import Step, StepIntake, step_from_json
+from optserve.sessions.journaling import KEPT_BYTES, Unkept
 from optserve.sessions.ledger import Duplicate, Identity
 from optserve.sessions.operation import Reaching
 from optserve.sessions.published import Published
@@ -182,8 +183,11 @@ class Session:
             digest=digest,
         )
 
-    def _writer(self, size: int) -> PayloadWriter:
-        return self._store.writer(size, self.row.about["durability"])
+    def _writer(self, size: int) -> PayloadWriter | Unkept:
+        durability = self.row.about["durability"]
+        if durability == "memory" and size > KEPT_BYTES:
+            return Unkept()
+        return self._store.writer(size, durability)
 
     def step(self, step: Step, identity: Identity, back: Back | None = None) -> Future[Reply]:
         """Take one step; its buffer is given back whatever happens.

@@ -11,6 +11,7 @@ import numpy as np
 
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import StepFields, shown, unknown
+from optserve.sessions.journaling import Unkept
 from optserve.store import Payload, PayloadWriter
 from optserve_client import wire
 from optserve_client.errors import Invalid, MissingGradient
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 #: Takes a gradient buffer of the session's dense tensors.
 Lease = Callable[[], "GradientBuffer"]
-#: ``Store.writer``: takes the number of bytes to come.
-OpenWriter = Callable[[int], PayloadWriter]
+#: ``Store.writer``, or nothing that keeps anything: takes the number of bytes to come.
+OpenWriter = Callable[[int], PayloadWriter | Unkept]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,8 @@ class Step:
     params: dict[str, wire.Tensor] | None
     #: XXH3-128 of the whole body; empty in a replay.
     digest: bytes
-    #: The journal's bytes: one safetensors frame. None in a replay, which has it already.
+    #: The journal's bytes: one safetensors frame. None in a replay, which has it already, and where
+    #: none is kept.
     payload: Payload | None
 
     def discard(self) -> None:
@@ -221,7 +223,7 @@ def _read_sparse(value: Mapping[str, Any], name: str, expected: Expected) -> Spa
 
 def _write_frame(
     tensors: Mapping[str, wire.Tensor], fields: StepFields, writer: OpenWriter
-) -> Payload:
+) -> Payload | None:
     text = json.dumps(fields.to_json(), allow_nan=False, separators=(",", ":"))
     pieces = wire.encode(tensors, {wire.META_KEY: text})
     journal = writer(sum(memoryview(piece).nbytes for piece in pieces))

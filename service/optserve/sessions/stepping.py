@@ -72,6 +72,9 @@ def prepare(state: SessionState, step: Step) -> Prepared:
     metric = monitored(engine.monitor, fields.loss, fields.metrics)
     if engine.advance == "step" and engine.monitor and closing and metric is None:
         raise Invalid(f"the scheduler follows {engine.monitor!r}, which this step does not send")
+    if step.payload is None and closing:
+        # What fails half-way cannot be replayed: find out before anything has changed.
+        engine.check_advance(metric)
     if engine.line_search is None:
         if fields.abandon:
             raise Invalid(f"abandon: {engine.entry.name} has no line search")

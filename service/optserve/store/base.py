@@ -213,7 +213,8 @@ class Store(Protocol):
     def writer(
         self, size_hint: int | None = None, durability: Durability = "always"
     ) -> PayloadWriter:
-        """Return a writer for a payload of about ``size_hint`` bytes, for an event or snapshot of
+        """Return a writer for a payload of ``size_hint`` bytes (None: unknown), for an event or
+        snapshot of
         this durability."""
 
     def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:

@@ -32,11 +32,14 @@ class Disk(Protocol):
     def open(self, path: Path) -> int:
         """Return a descriptor to read the file; it stays good when the file is unlinked."""
 
+    def overwrite(self, path: Path) -> int:
+        """Return a descriptor to read an existing file and to write it from its beginning."""
+
     def size(self, path: Path) -> int:
         """Return the length of the file in bytes."""
 
     def write(self, fd: int, piece: memoryview) -> int:
-        """Append some of ``piece``; return how many bytes that was."""
+        """Write some of ``piece``, behind what was written to ``fd``; return how many bytes."""
 
     def write_back(self, fd: int, begin: int, nbytes: int) -> None:
         """Start to move these bytes to the medium, which promises nothing."""
@@ -86,6 +89,9 @@ class OsDisk:
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDONLY)
+
+    def overwrite(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR)
 
     def size(self, path: Path) -> int:
         return path.stat().st_size

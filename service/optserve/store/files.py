@@ -22,6 +22,7 @@ from optserve.store.base import CHUNK_BYTES, Durability, Payload
 from optserve.store.disk import DirectorySync, Disk, OsDisk
 from optserve.store.held import HeldFile, unlink
 from optserve.store.payloads import INLINE_BYTES, BufferedWriter, Spool, checked, checked_whole
+from optserve.store.spares import Spares
 from optserve_client.errors import Damaged, OptserveError, OutOfSpace, Unavailable
 
 __all__ = ["INLINE_BYTES", "Disk", "FilePayload", "FileWriter", "OsDisk", "PayloadFiles"]
@@ -43,9 +44,12 @@ class PayloadFiles:
     One process at a time uses a directory; the store sees to that.
     """
 
-    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+    def __init__(
+        self, directory: Path, disk: Disk | None = None, spares: Spares | None = None
+    ) -> None:
         """Make ``directory`` if it is missing. Raises OSError."""
         self.directory = directory
+        self._spares = spares or Spares()
         self.disk = disk or OsDisk()
         self.disk.make_directory(directory)
         self._entries = DirectorySync(self.disk, directory)
@@ -76,12 +80,14 @@ class PayloadFiles:
             self._spool = self._spool or Spool()
         return self._spool.writer(size_hint)
 
-    def create(self) -> HeldFile:
-        """Return a new, empty file that its writer holds. Raises OSError."""
+    def create(self, nbytes: int) -> HeldFile:
+        """Return a file that its writer holds: a new one, or one of ``nbytes`` whose bytes nobody
+        needs. Raises OSError."""
         self._check_open()
-        name = f"{self._prefix}{next(self._numbers):08x}"
+        spare = self._spares.take(nbytes)
+        name = spare or f"{self._prefix}{next(self._numbers):08x}"
         file = HeldFile(self.disk, self.directory / name, self._entries.ended)
-        file.create()
+        file.create(over=spare is not None)
         with self._lock:
             self._held[name] = file
         return file
@@ -175,15 +181,26 @@ class PayloadFiles:
     def remove(self, names: Iterable[str]) -> None:
         """Unlink files, after the commit that dropped their rows.
 
-        What somebody still holds goes with its last holder. What fails is logged, and swept at the
-        next start.
+        What somebody still holds goes with its last holder, and some of the others are kept to be
+        written over. What fails is logged, and swept at the next start.
         """
         for name in names:
             self._forget(name)
             if (file := self._held.get(name)) is not None:
                 file.doom()
-            else:
+            elif not self._spare(name):
                 unlink(self.disk, self.directory / name)
+
+    def _spare(self, name: str) -> bool:
+        try:
+            return self._spares.put(name, self.disk.size(self.directory / name))
+        except OSError:
+            return False
+
+    def make_room(self) -> None:
+        """Give the disk back what is only kept to be written over."""
+        for name in self._spares.clear():
+            unlink(self.disk, self.directory / name)
 
     def abandon(self, file: HeldFile) -> None:
         """Unlink a file that no row names, after its sync; does not wait for that."""
@@ -206,9 +223,14 @@ class PayloadFiles:
         orphans = [
             name
             for name in self.disk.names(self.directory)
-            if not name.startswith(self._prefix) and not referenced(name)
+            if not (name.startswith(self._prefix) or name in self._spares or referenced(name))
         ]
-        self.remove(orphans)
+        for name in orphans:
+            self._forget(name)
+            if (file := self._held.get(name)) is not None:
+                file.doom()
+            else:
+                unlink(self.disk, self.directory / name)
         return orphans
 
     def close(self) -> None:
@@ -220,6 +242,7 @@ class PayloadFiles:
         self._pool.shutdown()
         if self._spool is not None:
             self._spool.close()
+        self.make_room()
         for file in list(self._held.values()):
             file.outlive_name()
 
@@ -302,7 +325,7 @@ class FileWriter(BufferedWriter):
 
     def _begin(self) -> None:
         try:
-            self._file = self._files.create()
+            self._file = self._files.create(self._size_hint)
         except OSError as exc:
             raise refused(exc, "cannot make a payload file") from exc
         self._fd = self._file.hold()
@@ -315,7 +338,10 @@ class FileWriter(BufferedWriter):
                 piece, at = piece[written:], at + written
                 self._write_back(at)
         except OSError as exc:
-            raise refused(exc, f"cannot write a payload beyond {at} bytes") from exc
+            error = refused(exc, f"cannot write a payload beyond {at} bytes")
+            if isinstance(error, OutOfSpace):
+                self._files.make_room()
+            raise error from exc
 
     def _write_back(self, end: int) -> None:
         begin = self._written_back
@@ -326,6 +352,8 @@ class FileWriter(BufferedWriter):
     def _finish(self) -> FilePayload:
         file = self._file
         try:
+            if file.over and self.nbytes != self._size_hint:
+                raise ValueError(f"{self._size_hint} bytes were announced, {self.nbytes} came")
             self._files.sealed(file, self._durability)
             return FilePayload(self._files, file, self.nbytes, self.digest())
         finally:

@@ -12,7 +12,6 @@ import os
 import tempfile
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,51 +27,18 @@ INLINE_BYTES = 64 * 2**10
 SEGMENT_BYTES = 16 * 2**20
 #: Segments that wait for their next writer; each may hold room on disk.
 IDLE_SEGMENTS = 4
-#: Files that wait to be overwritten hold no more than this together.
-SPARE_BYTES = 2 * 2**30
 
 
 class Segment:
     """An unlinked file that payloads are appended to."""
 
-    def __init__(self, fd: int, let_go: Callable[[int], object]) -> None:
-        """``let_go`` takes the descriptor when the last payload in the file is garbage."""
-        self.fd = fd
+    def __init__(self, directory: str) -> None:
+        # Unlinked files leave the directory empty, which is what cleaners of /tmp look for.
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self.fd, path = tempfile.mkstemp(dir=directory)
+        os.unlink(path)
         self.end = 0
-        weakref.finalize(self, let_go, fd)
-
-
-class Spares:
-    """Files of large payloads that are garbage.
-
-    What the next payload overwrites lies in memory already: that costs a third of what a new file
-    costs, or less. Files come back from finalizers, so nothing in here takes a lock.
-    """
-
-    def __init__(self) -> None:
-        self._fds: deque[int] = deque()
-        self._closed = False
-
-    def take(self) -> int | None:
-        try:
-            return self._fds.pop()
-        except IndexError:
-            return None
-
-    def put(self, fd: int) -> None:
-        if self._closed or sum(map(_length, (*self._fds, fd))) > SPARE_BYTES:
-            os.close(fd)
-        else:
-            self._fds.append(fd)
-
-    def close(self) -> None:
-        self._closed = True
-        while (fd := self.take()) is not None:
-            os.close(fd)
-
-
-def _length(fd: int) -> int:
-    return os.fstat(fd).st_size
+        weakref.finalize(self, os.close, self.fd)
 
 
 class InlinePayload:
@@ -300,7 +266,6 @@ class Spool:
         )
         self._lock = threading.Lock()
         self._idle: list[Segment] = []
-        self._spares = Spares()
         self._closed = False
 
     def writer(self, size_hint: int | None = None) -> SpoolWriter:
@@ -313,21 +278,10 @@ class Spool:
         with self._lock:
             if self._idle and size_hint < SEGMENT_BYTES:
                 return self._idle.pop()
-        large = size_hint >= SEGMENT_BYTES
         try:
-            fd = self._spares.take() if large else None
-            fd = self._create() if fd is None else fd
+            return Segment(self._directory.name)
         except OSError as exc:
             raise Unavailable(f"the spool takes no more bytes: {exc.strerror}") from exc
-        return Segment(fd, self._spares.put if large else os.close)
-
-    def _create(self) -> int:
-        """Make a file without a name: that leaves the directory empty, which is what cleaners of
-        /tmp look for."""
-        os.makedirs(self._directory.name, mode=0o700, exist_ok=True)
-        fd, path = tempfile.mkstemp(dir=self._directory.name)
-        os.unlink(path)
-        return fd
 
     def put_segment(self, segment: Segment) -> None:
         with self._lock:
@@ -340,5 +294,4 @@ class Spool:
         with self._lock:
             self._closed = True
             self._idle.clear()
-        self._spares.close()
         self._directory.cleanup()
