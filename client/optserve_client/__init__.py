@@ -7,7 +7,8 @@
 ``client.py`` has :class:`Client`, ``session.py`` :class:`Session`, ``aio.py`` their twins for
 asyncio, and ``torch.py`` a ``torch.optim.Optimizer``. Below them ``_calls.py`` knows the API,
 ``_protocol.py`` decides what is sent and ``_exchange.py`` when it is sent again, ``_transport.py``
-moves the bytes, and ``wire.py`` turns named arrays into bytes and back.
+moves the bytes (over ``_sockets.py`` and ``_http.py``, or else ``_over_httpx.py``), and ``wire.py``
+turns named arrays into bytes and back.
 """
 
 from optserve_client import errors, wire

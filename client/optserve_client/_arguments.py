@@ -81,6 +81,9 @@ def param_tensors(
 def condition(if_match: Params | str | None) -> dict[str, str]:
     """Return the header that lets a change through only if ``if_match`` is still current."""
     etag = if_match.etag if isinstance(if_match, Params) else if_match
+    if etag is not None and not (etag.isascii() and etag.isprintable()):
+        # Found before the change has a number, which would be taken for used up.
+        raise errors.Invalid(f"if_match holds what is not printable ASCII: {etag!r:.80}")
     return {} if etag is None else {"If-Match": etag}
 
 

@@ -136,7 +136,7 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
             found = _verdict(answer)
             if found is None or found.done is None or (found.final and not before):
                 trail.maybe_done = False
-                return replace(answer, doubtful=before)
+                return replace(answer, doubtful=True) if before else answer
             verdict = found
         failure = verdict.failure
         if not verdict.done:

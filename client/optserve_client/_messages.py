@@ -37,23 +37,29 @@ class Request:
     def length(self) -> int:
         return sum(len(piece) for piece in self.pieces)
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """Yield the body in about ``CHUNK_BYTES`` at a time; large pieces are not copied."""
-        small = bytearray()
+    def parts(self, head: bytes = b"") -> Iterator[bytes | memoryview]:
+        """Yield ``head`` and the body: large pieces as they are, those between them joined."""
+        small, size = [head], len(head)
         for piece in self.pieces:
             if len(piece) < _SMALL_BYTES:
-                small += piece
-                if len(small) < CHUNK_BYTES:
+                small.append(bytes(piece))
+                size += len(piece)
+                if size < CHUNK_BYTES:
                     continue
-            if small:
-                yield bytes(small)
-                small = bytearray()
+            if size:
+                yield b"".join(small)
+                small, size = [], 0
             if len(piece) >= _SMALL_BYTES:
-                view = memoryview(piece)
-                for at in range(0, len(view), CHUNK_BYTES):
-                    yield view[at : at + CHUNK_BYTES]
-        if small:
-            yield bytes(small)
+                yield piece
+        if size:
+            yield b"".join(small)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """Yield the body in about ``CHUNK_BYTES`` at a time; large pieces are not copied."""
+        for part in self.parts():
+            view = memoryview(part)
+            for at in range(0, len(view), CHUNK_BYTES):
+                yield view[at : at + CHUNK_BYTES]
 
     def kept(self) -> Request:
         """Return a copy that does not change when the caller's arrays do."""
@@ -191,9 +197,7 @@ def to_json(value: Any, what: str = "") -> str:
     A refusal names the place below ``what``: ``scheduler.lr_lambda``.
     """
     try:
-        return json.dumps(
-            value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain
-        )
+        return _ENCODER.encode(value)
     except ValueError as exc:
         raise errors.Invalid(_fault(value, what, ()) or f"no JSON: {exc}") from exc
 
@@ -204,6 +208,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise ValueError(f"{type(value).__name__} cannot be sent as JSON: {value!r:.80}")
+
+
+#: Made once, because that takes longer than most of what it encodes.
+_ENCODER = json.JSONEncoder(
+    allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_plain
+)
 
 
 def _fault(value: Any, where: str, above: tuple[int, ...]) -> str | None:

@@ -167,6 +167,9 @@ class Lanes(Generic[L]):
         self._lanes: dict[str, tuple[Lane, L]] = {}
 
     def get(self, session_id: str) -> tuple[Lane, L]:
+        known = self._lanes.get(session_id)
+        if known is not None:
+            return known
         # setdefault is atomic, so two threads get the same lane.
         return self._lanes.setdefault(session_id, (Lane(self.worker, self._epoch), self._lock()))
 

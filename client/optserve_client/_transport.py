@@ -1,39 +1,116 @@
-"""Requests and answers of both clients over httpx: bodies in pieces, failures in our words."""
+"""How a client reaches its server: over plain sockets if it can, else over httpx.
+
+Sockets are for ``http://`` and ``unix:``. Whatever takes more than that (TLS, a proxy, a login in
+the URL, a transport of the caller) is for httpx, which adds about a
+millisecond to each request.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
-from urllib.parse import urlsplit
+import asyncio
+import select
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import SplitResult, quote, urlsplit
 
-import httpx
-import numpy as np
-
+from optserve_client import _faults as faults
 from optserve_client import errors
-from optserve_client._messages import CHUNK_BYTES, Answer, Request
+from optserve_client._http import Heads, Incoming
+from optserve_client._messages import Answer, Request
+from optserve_client._sockets import (
+    READ,
+    SUPPORTED,
+    WRITE,
+    Address,
+    Connection,
+    Pool,
+    Waits,
+    connected,
+    exchanged,
+    unix_address,
+)
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+
+#: Nothing is compressed: tensors hardly shrink, and a known length is read into one buffer.
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "optserve-client"}
+#: The longest that poll and event loops can wait; three weeks.
+_LONGEST_S = 2e6
 
 
-def options(url: Any, timeout: float, headers: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return what both httpx clients are made with."""
+class Transport(Protocol):
+    """Moves the bytes of a :class:`optserve_client.Client`. Threads may share it."""
+
+    def send(self, request: Request) -> Answer:
+        """Return the answer; raise TransportError if none came, ConnectFailed if nothing left."""
+
+    def close(self) -> None: ...
+
+
+class AsyncTransport(Protocol):
+    """Moves the bytes of a :class:`optserve_client.AsyncClient`."""
+
+    async def send(self, request: Request) -> Answer:
+        """Do what :meth:`Transport.send` does. A cancelled one closes its connection."""
+
+    async def close(self) -> None: ...
+
+
+def blocking(
+    url: str,
+    timeout_s: float,
+    headers: Mapping[str, str] | None,
+    transport: httpx.BaseTransport | None,
+) -> Transport:
+    """Return what moves the bytes of a client with these arguments. Nothing is sent yet."""
+    check_url(url, transport)
+    sent = {**_HEADERS, **(headers or {})}
+    if transport is None and _plain(url):
+        return Blocking(url, timeout_s, sent)
+    from optserve_client._over_httpx import OverHttpx
+
+    named = place(url, transport)
+    return OverHttpx(named, timeout_s, base_url=url, headers=sent, transport=transport)
+
+
+def awaited(
+    url: str,
+    timeout_s: float,
+    headers: Mapping[str, str] | None,
+    transport: httpx.AsyncBaseTransport | None,
+) -> AsyncTransport:
+    """Return what :func:`blocking` does, to be awaited."""
+    check_url(url, transport)
+    sent = {**_HEADERS, **(headers or {})}
+    if transport is None and _plain(url):
+        return Awaited(url, timeout_s, sent)
+    from optserve_client._over_httpx import AwaitedOverHttpx
+
+    named = place(url, transport)
+    return AwaitedOverHttpx(named, timeout_s, base_url=url, headers=sent, transport=transport)
+
+
+def check_url(url: Any, transport: object) -> None:
     if not isinstance(url, str):
         example = "http://127.0.0.1:8000"
         raise TypeError(f"url must be a string such as {example!r}, got {url!r:.80}")
-    if urlsplit(url).scheme not in {"http", "https"}:
+    if url.startswith("unix:") and url != "unix:":
+        if transport is not None or not (SUPPORTED and hasattr(socket, "AF_UNIX")):
+            why = "this system has none" if transport is None else "not with a transport"
+            raise errors.Invalid(f"url {url!r} names a Unix domain socket: {why}")
+    elif urlsplit(url).scheme not in {"http", "https"}:
         raise errors.Invalid(f"url must begin with http:// or https://, got {url!r}")
-    # Nothing is compressed: tensors hardly shrink, and a known length is read into one buffer.
-    default = {"Accept-Encoding": "identity", "User-Agent": "optserve-client"}
-    return {
-        "base_url": url,
-        "timeout": timeout,
-        "headers": default | dict(headers or {}),
-        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=100),
-    }
 
 
-def place(url: str, transport: object) -> str:
+def place(url: str, transport: object = None) -> str:
     """Return where the server is, for messages: scheme, host and port, and the socket's path."""
+    if url.startswith("unix:"):
+        return url
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     if parts.port is None:
@@ -42,83 +119,190 @@ def place(url: str, transport: object) -> str:
     return f"{parts.scheme}://{host}" + (f" at {uds}" if uds else "")
 
 
-def body_of(request: Request) -> Any:
-    """Return the body for httpx: small ones as bytes, large ones as an iterator of pieces."""
-    if not request.pieces:
-        return None
-    return b"".join(request.pieces) if request.length <= CHUNK_BYTES else request.chunks()
+def _plain(url: str) -> bool:
+    """Return whether plain sockets reach ``url``."""
+    if url.startswith("unix:"):
+        return True
+    parts = urlsplit(url)
+    with suppress(ValueError):  # the port; httpx says what is wrong
+        simple = parts.scheme == "http" and parts.hostname and parts.port != 0 and url.isascii()
+        more = "@" in parts.netloc or parts.query or parts.fragment
+        return bool(SUPPORTED and simple and not more) and not _proxied(parts)
+    return False
 
 
-def async_body_of(request: Request) -> Any:
-    """Return the body for httpx's asynchronous client."""
-    body = body_of(request)
-    return body if body is None or isinstance(body, bytes) else _each(body)
+def _proxied(parts: SplitResult) -> bool:
+    from urllib.request import getproxies, proxy_bypass
+
+    proxies = getproxies()
+    if not (proxies.get("http") or proxies.get("all")):
+        return False
+    return not (proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""))
 
 
-async def _each(chunks: Iterator[bytes | memoryview]) -> AsyncIterator[bytes | memoryview]:
-    for chunk in chunks:
-        yield chunk
+class _Sockets:
+    """What both kinds over plain sockets share: where the server is, and idle connections."""
 
+    def __init__(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> None:
+        self._server, self._timeout_s = place(url), timeout_s
+        self._wait_s = min(timeout_s, _LONGEST_S)
+        self._pool = Pool()
+        self._host, self._port, self._path = "", 0, ""
+        if url.startswith("unix:"):
+            self._path = url.removeprefix("unix:")
+            self._heads = Heads("localhost", "", headers)
+            return
+        parts = urlsplit(url)
+        self._host, self._port = parts.hostname or "", parts.port or 80
+        named = parts.netloc.removesuffix(":").removesuffix(":80")
+        prefix = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+        self._heads = Heads(named, prefix, headers)
 
-class Incoming:
-    """An answer whose body arrives in pieces, into one buffer if its length was announced."""
+    def _known_addresses(self) -> list[Address] | None:
+        """Return the addresses of the server if nobody has to be asked for them."""
+        if self._path:
+            return unix_address(self._path)
+        try:
+            return socket.getaddrinfo(
+                self._host, self._port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        except (socket.gaierror, UnicodeError):
+            return None
 
-    def __init__(self, status: int, headers: Mapping[str, str]) -> None:
-        self._status, self._headers = status, headers
-        length = headers.get("content-length", "")
-        self._whole = np.empty(int(length), np.uint8) if length.isdigit() else None
-        self._parts: list[bytes] = []
-        self._received = 0
-
-    def take(self, chunk: bytes) -> None:
-        end = self._received + len(chunk)
-        if self._whole is None:
-            self._parts.append(chunk)
+    def _ended(self, connection: Connection, incoming: Incoming) -> Answer:
+        if incoming.keep:
+            self._pool.give(connection)
         else:
-            self._whole[self._received : end] = np.frombuffer(chunk, np.uint8)
-        self._received = end
+            connection.close()
+        return incoming.answer()
 
-    def answer(self) -> Answer:
-        if self._whole is None:
-            body = memoryview(bytearray(b"".join(self._parts)))
-        else:
-            body = self._whole[: self._received].data
-        return Answer(status=self._status, headers=self._headers, body=body)
+    def _unreachable(self, request: Request, exc: Exception) -> errors.ConnectFailed:
+        return errors.ConnectFailed(faults.not_connected(request, self._server, exc))
 
-
-def incoming_of(response: httpx.Response) -> Incoming:
-    """Return the answer that ``response`` begins; it is whole if a transport has read it all."""
-    incoming = Incoming(response.status_code, dict(response.headers))
-    if response.is_stream_consumed:
-        incoming.take(response.content)
-    return incoming
+    def _broken(self, request: Request, exc: Exception) -> errors.TransportError:
+        if isinstance(exc, TimeoutError):
+            return errors.Timeout(faults.late(request, self._server, self._timeout_s, exc))
+        return errors.TransportError(faults.broken(request, self._server, exc))
 
 
-@contextmanager
-def translated(request: Request, server: str, timeout_s: float) -> Iterator[None]:
-    """Turn httpx's exceptions into ours, once, keeping the cause; ``server`` as of `place`."""
-    what = f"{request.method} {request.target.partition('?')[0]}"
+class Blocking(_Sockets):
+    """Plain sockets that a thread waits for."""
+
+    def send(self, request: Request) -> Answer:
+        head = self._heads.head(request)
+        connection = self._pool.take()
+        if connection is None:
+            try:
+                connection = self._run(connected(self._addresses()))
+            except (OSError, UnicodeError) as exc:  # the latter: a name that cannot be looked up
+                raise self._unreachable(request, exc) from exc
+        try:
+            return self._ended(connection, self._run(exchanged(connection, head, request)))
+        except (OSError, errors.TransportError) as exc:
+            connection.close()
+            raise self._broken(request, exc) from exc
+        except BaseException:  # interrupted: what comes next on this socket is nobody's
+            connection.close()
+            raise
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _addresses(self) -> list[Address]:
+        known = self._known_addresses()
+        if known is None:
+            known = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        return known
+
+    def _run(self, steps: Waits[T]) -> T:
+        try:
+            sock, events = next(steps)
+            while True:
+                poller = select.poll()
+                poller.register(sock, events)
+                ready = poller.poll(self._wait_s * 1000)
+                if ready:
+                    sock, events = steps.send(ready[0][1])
+                else:
+                    sock, events = steps.throw(TimeoutError("timed out"))
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        finally:
+            steps.close()
+
+
+class Awaited(_Sockets):
+    """Plain sockets that an event loop waits for."""
+
+    async def send(self, request: Request) -> Answer:
+        head = self._heads.head(request)
+        connection = self._pool.take()
+        if connection is None:
+            try:
+                connection = await self._run(connected(await self._addresses()))
+            except (OSError, UnicodeError) as exc:  # the latter: a name that cannot be looked up
+                raise self._unreachable(request, exc) from exc
+        try:
+            return self._ended(connection, await self._run(exchanged(connection, head, request)))
+        except (OSError, errors.TransportError) as exc:
+            connection.close()
+            raise self._broken(request, exc) from exc
+        except BaseException:  # cancelled: what comes next on this socket is nobody's
+            connection.close()
+            raise
+
+    async def close(self) -> None:
+        self._pool.close()
+
+    async def _addresses(self) -> list[Address]:
+        known = self._known_addresses()
+        if known is None:
+            loop = asyncio.get_running_loop()
+            known = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        return known
+
+    async def _run(self, steps: Waits[T]) -> T:
+        try:
+            sock, events = next(steps)
+            while True:
+                try:
+                    happened = await _happens(sock, events, self._wait_s)
+                except TimeoutError as exc:
+                    sock, events = steps.throw(exc)
+                else:
+                    sock, events = steps.send(happened)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        finally:
+            steps.close()
+
+
+async def _happens(sock: socket.socket, events: int, timeout_s: float) -> int:
+    """Wait for READ or WRITE and return which it was."""
+    loop, number = asyncio.get_running_loop(), sock.fileno()
+    happened: asyncio.Future[int] = loop.create_future()
+    timer = loop.call_later(timeout_s, _fail, happened)
     try:
-        yield
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as exc:
-        raise errors.ConnectFailed(f"{what}: cannot connect to {server}: {_why(exc)}") from exc
-    except httpx.TimeoutException as exc:
-        raise errors.Timeout(
-            f"{what}: no complete answer from {server} in time, {timeout_s:g} s: {_why(exc)}"
-        ) from exc
-    except httpx.HTTPError as exc:
-        raise errors.TransportError(
-            f"{what}: the connection to {server} failed: {_why(exc)}"
-        ) from exc
+        if events & READ:
+            loop.add_reader(number, _tell, happened, READ)
+        if events & WRITE:
+            loop.add_writer(number, _tell, happened, WRITE)
+        return await happened
+    finally:
+        timer.cancel()
+        if events & READ:
+            loop.remove_reader(number)
+        if events & WRITE:
+            loop.remove_writer(number)
 
 
-def _why(exc: Exception) -> str:
-    """Return the reason that the system gave, in the same words for both clients."""
-    inner: BaseException | None = exc
-    while inner is not None:
-        if isinstance(inner, BaseExceptionGroup):  # one address each
-            inner = inner.exceptions[0]
-        if isinstance(inner, OSError) and inner.errno:
-            return os.strerror(inner.errno) if inner.errno > 0 else str(inner.strerror)
-        inner = inner.__cause__ or inner.__context__
-    return str(exc) or type(exc).__name__
+def _tell(happened: asyncio.Future[int], event: int) -> None:
+    if not happened.done():
+        happened.set_result(event)
+
+
+def _fail(happened: asyncio.Future[int]) -> None:
+    if not happened.done():
+        happened.set_exception(TimeoutError("timed out"))

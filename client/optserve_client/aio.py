@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-import httpx
-
-from optserve_client import _arguments, _calls, wire
+from optserve_client import _arguments, _calls, _transport, wire
 from optserve_client._exchange import Retry, Sleep
-from optserve_client._messages import Answer, Request
 from optserve_client._protocol import Call, Lane, Lanes, perform
-from optserve_client._transport import async_body_of, incoming_of, options, place, translated
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
 from optserve_client.session import Session
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 
@@ -37,8 +36,8 @@ class AsyncClient:
     ) -> None:
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
-        self._http = httpx.AsyncClient(**options(url, timeout, headers), transport=transport)
-        self._server, self._timeout = place(url, transport), timeout
+        self._transport = _transport.awaited(url, timeout, headers, transport)
+        self._server = _transport.place(url, transport)
 
     @property
     def worker(self) -> str:
@@ -147,7 +146,7 @@ class AsyncClient:
         return await self._run(_calls.get("/version", _calls.scalars))
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -161,7 +160,7 @@ class AsyncClient:
         await self.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self._http.base_url)!r}, worker={self.worker!r})"
+        return f"{type(self).__name__}({self._server!r}, worker={self.worker!r})"
 
     async def _run(self, call: Call[T]) -> T:
         if call.changes is None:
@@ -180,7 +179,7 @@ class AsyncClient:
                     effect = next(steps)
                     continue
                 try:
-                    answer = await self._send(effect.request)
+                    answer = await self._transport.send(effect.request)
                 except BaseException as exc:
                     effect = steps.throw(exc)
                 else:
@@ -190,20 +189,6 @@ class AsyncClient:
             return result
         finally:
             steps.close()
-
-    async def _send(self, request: Request) -> Answer:
-        with translated(request, self._server, self._timeout):
-            async with self._http.stream(
-                request.method,
-                request.target,
-                headers=request.headers,
-                content=async_body_of(request),
-            ) as response:
-                incoming = incoming_of(response)
-                if not response.is_stream_consumed:
-                    async for chunk in response.aiter_raw():
-                        incoming.take(chunk)
-                return incoming.answer()
 
 
 class AsyncSession:

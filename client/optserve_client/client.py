@@ -6,17 +6,16 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-import httpx
-
-from optserve_client import _arguments, _calls, wire
+from optserve_client import _arguments, _calls, _transport, wire
 from optserve_client._exchange import Retry, Sleep
-from optserve_client._messages import Answer, Request
 from optserve_client._protocol import Call, Lane, Lanes, perform
-from optserve_client._transport import body_of, incoming_of, options, place, translated
 from optserve_client._values import Json, Page
 from optserve_client.session import Session
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 
@@ -50,7 +49,7 @@ class Client:
         """Nothing is sent yet.
 
         Args:
-            url: Of the server.
+            url: Of the server, or ``unix:/path`` of its socket.
             timeout: Seconds to wait for a connection, and for each part of an answer.
             retries: How often a request that failed is sent again, or all about it; by default as
                 often as a minute allows.
@@ -58,12 +57,13 @@ class Client:
                 meets its own old numbers. One that names its worker does: see Session.resume.
             epoch: Of that worker.
             headers: Sent with every request.
-            transport: An httpx transport, for example to a Unix domain socket.
+            transport: An httpx transport to go through. Without one, ``http://`` goes over plain
+                sockets, which is faster, and ``https://`` or a proxy over httpx.
         """
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, threading.Lock)
-        self._http = httpx.Client(**options(url, timeout, headers), transport=transport)
-        self._server, self._timeout = place(url, transport), timeout
+        self._transport = _transport.blocking(url, timeout, headers, transport)
+        self._server = _transport.place(url, transport)
 
     @property
     def worker(self) -> str:
@@ -204,7 +204,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections. Sessions stay where they are: on the server."""
-        self._http.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -218,7 +218,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self._http.base_url)!r}, worker={self.worker!r})"
+        return f"{type(self).__name__}({self._server!r}, worker={self.worker!r})"
 
     def _run(self, call: Call[T]) -> T:
         if call.changes is None:
@@ -237,7 +237,7 @@ class Client:
                     effect = next(steps)
                     continue
                 try:
-                    answer = self._send(effect.request)
+                    answer = self._transport.send(effect.request)
                 except BaseException as exc:
                     effect = steps.throw(exc)
                 else:
@@ -247,16 +247,3 @@ class Client:
             return result
         finally:
             steps.close()
-
-    def _send(self, request: Request) -> Answer:
-        with (
-            translated(request, self._server, self._timeout),
-            self._http.stream(
-                request.method, request.target, headers=request.headers, content=body_of(request)
-            ) as response,
-        ):
-            incoming = incoming_of(response)
-            if not response.is_stream_consumed:
-                for chunk in response.iter_raw():
-                    incoming.take(chunk)
-            return incoming.answer()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from json.decoder import scanstring
+from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
 
 from optserve_client._json_tensors import tensor_from_json, tensor_to_json
@@ -151,7 +151,9 @@ def _split(raw: bytes) -> tuple[str | None, str]:
         said, end = scanstring(text, len(_BEGIN))
     except ValueError:
         return None, ""
-    return said, text[end:].rstrip(" ")
+    rest = text[end:].rstrip(" ")
+    # Else there is more metadata, which is nobody's but this header's.
+    return (said, rest) if rest.startswith(("},", "}}")) else (None, "")
 
 
 def _in_order(root: Mapping[str, Any]) -> tuple[TensorInfo, ...]:

@@ -15,13 +15,14 @@ from optserve.api.connection import Connection
 
 
 @contextmanager
-def served(app: Any) -> Iterator[tuple[str, int]]:
-    """Serve ``app`` on a free loopback port; yield its address."""
+def served(app: Any, **told: Any) -> Iterator[tuple[str, int]]:
+    """Serve ``app`` on a free loopback port; yield its address. ``told``: of uvicorn's Config."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
+        told = {"http": Connection, **told}
         config = uvicorn.Config(
-            app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=1
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=1, **told
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

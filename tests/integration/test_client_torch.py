@@ -515,7 +515,7 @@ def test_training_goes_on_from_the_session_of_another_program(client: Client) ->
     with torch.no_grad():
         for p in other.parameters():
             p.zero_()
-    with Client(str(client._http.base_url)) as another:
+    with Client(client._server) as another:
         second = RemoteOptimizer(
             other.parameters(),
             "Adam",

@@ -589,7 +589,16 @@ def test_an_answer_cut_short_is_asked_for_again() -> None:
         assert c.healthz() == {"a": 1}
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "", "/v1"])
+def test_an_if_match_that_is_no_header_is_refused_and_nothing_stays_open() -> None:
+    net = Wire(httpx.Response(200, json={}))
+    with client(net) as c:
+        with pytest.raises(errors.Invalid, match="if_match holds what is not printable ASCII"):
+            c.session("s").put_params({"w": np.ones(1)}, if_match='"g.1"\r\nX: y')
+        c.session("s").patch(name="x")
+    assert net.fields()["seq"] == 1
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "", "/v1", "unix:"])
 def test_an_url_without_http_is_refused(url: str) -> None:
     with pytest.raises(errors.Invalid, match="url must begin with http:// or https://, got"):
         Client(url)

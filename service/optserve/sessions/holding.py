@@ -12,6 +12,7 @@ from typing import Any
 
 from optserve.optim.arena import GradientPool
 from optserve.sessions import describe
+from optserve.sessions.lending import Loan
 from optserve.sessions.past import Past
 from optserve.sessions.published import Published
 from optserve.sessions.recovery import read_back
@@ -69,8 +70,8 @@ class Holding:
         self.shape: Shape | None = None
         #: Config, dtype and shapes as created; known with ``shape``.
         self.origin: Mapping[str, Any] = {}
-        #: The live params of the current version, as long as somebody has them.
-        self._published: weakref.ref[Published] | None = None
+        #: The live params of the current version, as long as somebody reads them.
+        self._loan: weakref.ref[Loan] | None = None
         self.snapshots = Snapshots(
             home.store, row.key, row.last_lsn if state is None else state.lsn, home.background
         )
@@ -180,25 +181,23 @@ class Holding:
                 return publish(state, weights)
         if weights != "live":
             return publish(state, weights)
-        published = self._lent()
-        if published is None:
-            published = publish(state, "live")
-            self._published = weakref.ref(published)
+        published = publish(state, "live", self._lent())
+        self._loan = weakref.ref(published.loan)
         return published
 
     def unpublish(self) -> None:
         """The version is another one: what was published stays as it was."""
-        self._published = None
+        self._loan = None
 
-    def _lent(self) -> Published | None:
-        return self._published() if self._published is not None else None
+    def _lent(self) -> Loan | None:
+        return self._loan() if self._loan is not None else None
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         """Numbers change in here. Whatever raises may have left them half-changed: the journal
         knows better."""
-        if (published := self._lent()) is not None:
-            published.loan.settle()
+        if (loan := self._lent()) is not None:
+            loan.settle()
         try:
             yield
         except BaseException:
@@ -207,7 +206,7 @@ class Holding:
 
     def drop(self) -> None:
         """Forget the state as it is; the next use reads it back."""
-        self._state = self._published = None
+        self._state = self._loan = None
         self._home.residents.release(self.row.key)
 
     def put_away(self) -> bool:

@@ -14,7 +14,7 @@ from optserve_client import wire
 from optserve_client.errors import Invalid
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, weakref_slot=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
     """Weights of one version, in the layout's order and dtype."""
 

@@ -18,15 +18,16 @@ WEIGHTS = ("live", "eval", "ema", "best")
 COPIED_BYTES = 64 * 2**10
 
 
-def publish(state: SessionState, weights: str) -> Published:
-    """Return the ``live``, ``eval``, ``ema``, ``best`` or ``trial`` weights."""
+def publish(state: SessionState, weights: str, loan: Loan | None = None) -> Published:
+    """Return the ``live``, ``eval``, ``ema``, ``best`` or ``trial`` weights; ``loan``: which has
+    them already."""
     return Published(
         generation=state.generation,
         version=state.version,
         weights=weights,
         revision="" if weights == "live" else f".{state.lsn}",
         layout=state.layout,
-        loan=_loan(state.engine, weights),
+        loan=loan or _loan(state.engine, weights),
     )
 
 

@@ -1,0 +1,96 @@
+"""The speed benchmark in its smallest form: every row is there, and every figure is a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.speed.shapes import resnet50
+from tests.serving import ROOT, environment
+
+LIMIT_S = 120
+
+
+def bench(tmp_path: Path, *args: str) -> tuple[dict[str, Any], str]:
+    """Run ``scripts/bench speed --quick`` with ``args``; return its raw figures and what it says.
+
+    Without scripts/setup, which has done its work before any test runs.
+    """
+    raw = tmp_path / "raw.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed", "--quick", "--json", str(raw), *args],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(raw.read_text()), done.stdout
+
+
+def figures(raw: Any) -> Iterator[float]:
+    """Yield every number in ``raw``."""
+    if isinstance(raw, dict):
+        for value in raw.values():
+            yield from figures(value)
+    elif isinstance(raw, (int, float)):
+        yield raw
+
+
+def times(raw: Any) -> Iterator[float]:
+    """Yield every median and ratio in ``raw``."""
+    if isinstance(raw, dict):
+        for name, value in raw.items():
+            if name in {"p50_s", "p99_s", "ratio", "per_s", "optserve_over"}:
+                yield value
+            yield from times(value)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    only = "floors,optserve,small,throughput,json"
+    return bench(tmp_path_factory.mktemp("bench"), "--only", only, "--sizes", "10,100k")
+
+
+def test_every_contestant_that_was_asked_for_took_part(
+    measured: tuple[dict[str, Any], str],
+) -> None:
+    raw, _ = measured
+    floors = {"floors.local", "floors.bare", "floors.safe"}
+    ours = {f"optserve.{name}" for name in ("memory", "os", "always", "bf16")} | {"uds.memory"}
+    for size in ("10", "100k"):
+        assert floors | ours <= raw["latency"]["sizes"][size].keys()
+    assert raw["latency"]["absent"].keys() <= {"optserve.curl"}
+    assert raw["throughput"].keys() == {"1", "8", "64"}
+    assert raw["json"]["10k"].keys() == {"optserve", "orjson", "naive", "naive_httpx"}
+
+
+def test_every_time_and_ratio_is_a_positive_number(measured: tuple[dict[str, Any], str]) -> None:
+    raw, _ = measured
+    assert all(math.isfinite(value) for value in figures(raw))
+    found = list(times(raw))
+    assert len(found) > 40
+    assert all(value > 0 for value in found)
+
+
+def test_the_section_says_what_was_measured_and_what_was_not(
+    measured: tuple[dict[str, Any], str],
+) -> None:
+    _, said = measured
+    assert "| optserve, Client over TCP |" in said
+    assert "| steps/s at 64 connections ÷ empty FastAPI POST | ≥ 0.5 |" in said
+    assert "| latency at 10 k resident sessions ÷ at 10 | ≤ 1.1 |  | not run |" in said
+
+
+def test_resnet50_has_torchvisions_shapes() -> None:
+    shapes = resnet50()
+    assert len(shapes) == 161
+    assert sum(math.prod(shape) for shape in shapes) == 25_557_032
