@@ -56,7 +56,7 @@ def times(raw: Any) -> Iterator[float]:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    only = "floors,optserve,small,throughput,json"
+    only = "floors,optserve,throughput,json"
     return bench(tmp_path_factory.mktemp("bench"), "--only", only, "--sizes", "10,100k")
 
 

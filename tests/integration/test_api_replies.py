@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from optserve.api import replies, waiting
-from optserve.api.connection import pieces
 from optserve.api.negotiation import matches, negotiate
 from optserve.api.replies import JSON, dump, finite, json_tensors, tensor_frame
+from optserve.api.streams import pieces
 from optserve.optim.layout import Layout
 from optserve.sessions.lending import PIECE_BYTES, Loan
 from optserve.sessions.published import Published

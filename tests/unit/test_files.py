@@ -18,6 +18,7 @@ from optserve.store.base import DURABILITIES
 from optserve.store.disk import DirectorySync
 from optserve.store.files import INLINE_BYTES, FilePayload, OsDisk, PayloadFiles
 from optserve.store.payloads import InlinePayload, SpooledPayload
+from optserve.store.spares import Spares
 from optserve_client.errors import Damaged, OutOfSpace, Unavailable
 from tests.disk import Fault, Log, LossyDisk, Medium
 
@@ -563,3 +564,90 @@ def test_real_disk_is_a_disk(tmp_path: Path) -> None:
     assert disk.pread(fd, 10, 0) == b"12345"
     disk.close(fd)
     assert disk.names(tmp_path / "a" / "b") == []
+
+
+# --- written over ---
+
+
+@pytest.fixture
+def sparing(disk: LossyDisk) -> Iterator[PayloadFiles]:
+    files = PayloadFiles(WHERE, disk, Spares(least_bytes=0))
+    yield files
+    files.close()
+
+
+def announced(files: PayloadFiles, data: bytes) -> FilePayload:
+    writer = files.writer(len(data), "always")
+    writer.write(data)
+    payload = writer.seal()
+    assert isinstance(payload, FilePayload)
+    files.settle(payload)
+    return payload
+
+
+def removed(files: PayloadFiles, data: bytes) -> str:
+    """Write a payload, let it go, and return the name of its file."""
+    payload = announced(files, data)
+    name = payload.name
+    del payload
+    files.remove([name])
+    return name
+
+
+def test_a_file_that_no_row_names_is_written_over(sparing: PayloadFiles, disk: LossyDisk) -> None:
+    name = removed(sparing, bytes_of(LARGE, 1))
+    again = announced(sparing, bytes_of(LARGE, 2))
+    assert again.name == name
+    assert again.read() == bytes_of(LARGE, 2)
+    assert list(disk.contents()) == [name]
+
+
+def test_a_payload_of_another_length_gets_a_new_file(sparing: PayloadFiles) -> None:
+    name = removed(sparing, bytes_of(LARGE, 1))
+    assert announced(sparing, bytes_of(LARGE + 8, 2)).name != name
+
+
+def test_a_file_that_somebody_reads_is_not_written_over(sparing: PayloadFiles) -> None:
+    read = announced(sparing, bytes_of(LARGE, 1))
+    sparing.remove([read.name])
+    assert announced(sparing, bytes_of(LARGE, 2)).name != read.name
+    assert read.read() == bytes_of(LARGE, 1)
+
+
+def test_a_file_that_is_written_over_in_vain_goes(sparing: PayloadFiles, disk: LossyDisk) -> None:
+    removed(sparing, bytes_of(LARGE, 1))
+    writer = sparing.writer(LARGE, "always")
+    writer.write(bytes_of(LARGE - 1, 2))
+    with pytest.raises(ValueError, match=f"{LARGE} bytes were announced, {LARGE - 1} came"):
+        writer.seal()
+    del writer
+    poll(lambda: not disk.contents())
+
+
+def test_the_sweep_leaves_alone_what_is_kept_to_be_written_over(sparing: PayloadFiles) -> None:
+    name = removed(sparing, bytes_of(LARGE, 1))
+    assert sparing.sweep(lambda _: False) == []
+    assert announced(sparing, bytes_of(LARGE, 2)).name == name
+
+
+def test_a_full_disk_gets_back_what_is_only_kept(
+    sparing: PayloadFiles, disk: LossyDisk, faults: Faults
+) -> None:
+    removed(sparing, bytes_of(LARGE, 1))
+    faults.due["write", faults.counts["write"] + 1] = errno.ENOSPC
+    with pytest.raises(OutOfSpace):
+        announced(sparing, bytes_of(LARGE + 8, 2))
+    poll(lambda: not disk.contents())
+
+
+def test_nothing_is_kept_beyond_a_close(disk: LossyDisk) -> None:
+    files = PayloadFiles(WHERE, disk, Spares(least_bytes=0))
+    removed(files, bytes_of(LARGE, 1))
+    assert disk.contents()
+    files.close()
+    assert not disk.contents()
+
+
+def test_small_files_are_not_kept(files: PayloadFiles, disk: LossyDisk) -> None:
+    removed(files, bytes_of(LARGE, 1))
+    assert not disk.contents()

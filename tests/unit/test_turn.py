@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -382,3 +383,96 @@ def test_a_job_that_waited_keeps_nothing_alive(executor: Executor) -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def here(turn: Turn, job: Callable[[], Waiting[object]], calls: list[Callable[[], object]]) -> Any:
+    """Run ``job`` on this thread; what comes back to it later is appended to ``calls``."""
+    return turn.run_here(job, calls.append)
+
+
+def test_a_job_that_needs_not_wait_runs_here_at_once(executor: Executor) -> None:
+    turn, calls = executor.turn(), list[Callable[[], object]]()
+
+    def job() -> Waiting[int]:
+        done: Future[int] = Future()
+        done.set_result(7)
+        assert (yield done) == 7
+        return threading.get_ident()
+
+    future = here(turn, job, calls)
+    assert future.result(0) == threading.get_ident()
+    assert not calls
+    assert turn.run(lambda: "next").result(5) == "next"
+
+
+def test_a_job_here_goes_on_where_it_is_called_back(executor: Executor) -> None:
+    turn, calls = executor.turn(), list[Callable[[], object]]()
+    waited: Future[str] = Future()
+
+    def job() -> Waiting[tuple[str, int]]:
+        return (yield waited), threading.get_ident()
+
+    future = here(turn, job, calls)
+    after = turn.run(lambda: "after")
+    waited.set_result("committed")
+    assert not future.done()
+    assert not after.done()
+    [go_on] = calls
+    go_on()
+    assert future.result(0) == ("committed", threading.get_ident())
+    assert after.result(5) == "after"
+
+
+def test_a_job_does_not_run_here_while_the_turn_is_taken(executor: Executor) -> None:
+    turn = executor.turn()
+    gate = Gate(turn)
+
+    def never() -> Waiting[None]:
+        raise AssertionError
+        yield
+
+    assert here(turn, never, []) is None
+    gate.open()
+    turn.run(lambda: None).result(5)
+
+
+def test_a_job_that_fails_here_leaves_the_turn_free(executor: Executor) -> None:
+    turn = executor.turn()
+
+    def job() -> Waiting[None]:
+        raise KeyError("no")
+        yield
+
+    assert isinstance(here(turn, job, []).exception(0), KeyError)
+    assert turn.run(lambda: "on").result(5) == "on"
+
+
+def test_a_job_is_ended_although_the_thread_it_came_from_is_gone(executor: Executor) -> None:
+    turn = executor.turn()
+    waited: Future[None] = Future()
+
+    def job() -> Waiting[str]:
+        yield waited
+        return "ended"
+
+    def gone(_: Callable[[], object]) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    future = turn.run_here(job, gone)
+    assert future is not None
+    waited.set_result(None)
+    assert future.result(5) == "ended"
+
+
+def test_a_thread_that_runs_jobs_here_is_initialized_once() -> None:
+    started: list[int] = []
+    executor = Executor(1, lambda: started.append(threading.get_ident()))
+
+    def job() -> Waiting[None]:
+        return
+        yield
+
+    for _ in range(3):
+        here(executor.turn(), job, [])
+    assert started == [threading.get_ident()]
+    executor.close()

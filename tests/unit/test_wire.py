@@ -171,3 +171,28 @@ def test_a_frame_with_an_unusable_name_is_not_written(name: str, sentence: str) 
 def test_a_header_above_the_limit_is_not_written() -> None:
     with pytest.raises(errors.Invalid, match=r"the header has \d+ bytes, the limit is 16777216"):
         wire.encode({}, {"k": "x" * wire.HEADER_LIMIT})
+
+
+def test_a_header_that_is_like_the_last_one_brings_its_own_metadata() -> None:
+    for said in ("1", 'a "quoted" \\ text', "", "\u00e9"):
+        for more in ({}, {"other": said + "!"}):
+            metadata = {wire.META_KEY: said, **more}
+            header = wire.encode_header([("a", "F32", (2, 3))], metadata)
+            parsed = wire.parse_header(header[8:])
+            assert parsed.metadata == metadata
+            assert parsed.tensors == (wire.TensorInfo("a", "F32", (2, 3), 0, 24),)
+            assert parsed.frame_bytes == len(header) + 24
+
+
+def test_a_header_is_refused_for_the_same_reasons_after_a_good_one() -> None:
+    good = '{"__metadata__":{"optserve":"1"},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    assert wire.parse_header(good.encode()).data_bytes == 4
+    for bad in (
+        good.replace('"1"', '"\\ud800"'),  # no UTF-8
+        good.replace("optserve", "optserve\\"),
+        good[:-1] + "x}",
+        good[:-1],
+        good + "]",
+    ):
+        with pytest.raises(Malformed):
+            wire.parse_header(bad.encode())

@@ -9,7 +9,8 @@ from typing import Literal
 
 from starlette.requests import ClientDisconnect, Request
 
-from optserve.api.connection import EXTENSION, Exchange, Pace, Sink
+from optserve.api.connection import EXTENSION, Exchange
+from optserve.api.streams import Pace, Sink
 from optserve.settings import Settings
 from optserve_client.errors import Malformed, TooLarge, UnsupportedMediaType
 from optserve_client.wire import SAFETENSORS

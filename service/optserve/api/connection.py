@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import httptools
 import structlog
@@ -26,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.protocols.utils import is_ssl
 
-from optserve_client.errors import BodyTimeout
+from optserve.api.streams import READ_BYTES, Pace, Part, Sink, Whole, pieces
 
 log = structlog.get_logger(__name__)
 
@@ -35,61 +35,12 @@ EXTENSION = "optserve.connection"
 #: Type of the message that is a whole answer: ``status``, ``headers``, ``parts``, and ``silence_s``
 #: in which nobody takes anything of it before it is given up.
 REPLY = "optserve.reply"
-#: Most that one read of the socket may bring: what was read is still in the cache when it is used.
-READ_BYTES = 2**20
 #: Of a body that is thrown away.
 WASTE_BYTES = 2**18
 #: Answers up to this size are one write.
 JOINED_BYTES = 2**16
 #: So much of an answer is written before other requests have a look in.
 UNBROKEN_BYTES = 8 * 2**20
-
-
-class Sink(Protocol):
-    """Where a body goes."""
-
-    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take a copy of the next bytes."""
-
-    def room(self) -> memoryview | None:
-        """Return where the next bytes go; None: feed them."""
-
-    def filled(self, nbytes: int) -> None:
-        """Take the first bytes of :meth:`room`, which are there now."""
-
-
-class Part(Protocol):
-    """Bytes of an answer that lie somewhere."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def use(self, at: int, fn: Callable[[memoryview], int]) -> int:
-        """Return what ``fn`` makes of a piece of the bytes that begins at ``at``."""
-
-
-class Pace:
-    """How slow a body may be: no silence of ``silence_s``, and after that many seconds of waiting
-    no average below ``rate`` bytes/s."""
-
-    def __init__(self, silence_s: float, rate: int) -> None:
-        self.silence_s = silence_s
-        self._rate = rate
-
-    def check(self, received: int, waited_s: float) -> None:
-        """Raise BodyTimeout if so few bytes are too few by now."""
-        if received < self._rate * (waited_s - self.silence_s):
-            raise BodyTimeout(
-                f"{received} bytes arrived in {waited_s:.0f} s; "
-                f"the least rate is {self._rate} bytes/s"
-            )
-
-    def silent(self, received: int, length: int | None) -> BodyTimeout:
-        """Return what is to be raised after a silence."""
-        of = "a chunked body" if length is None else length
-        return BodyTimeout(
-            f"nothing arrived for {self.silence_s:g} s, after {received} bytes of {of}"
-        )
 
 
 class Connection(HttpToolsProtocol):
@@ -244,20 +195,6 @@ class Exchange:
                 self._connection.transport.write(piece)
 
 
-def pieces(part: Part) -> Iterator[bytes]:
-    """Yield copies of ``part``, piece by piece."""
-    copies: list[bytes] = []
-
-    def copy(piece: memoryview) -> int:
-        copies.append(bytes(piece))
-        return len(piece)
-
-    at = 0
-    while at < part.nbytes:
-        at += part.use(at, copy)
-        yield copies.pop()
-
-
 async def _pour(part: Part, fd: int, deadline: asyncio.Timeout, silence_s: float) -> None:
     """Write ``part`` to a socket without a copy: each piece is the kernel's, or still ours, but
     never a transport's, which would look at it later."""
@@ -283,19 +220,6 @@ async def _writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
         await ready.wait()
     finally:
         loop.remove_writer(fd)
-
-
-class Whole:
-    """A part that lies in one block."""
-
-    __slots__ = ("_view", "nbytes")
-
-    def __init__(self, block: bytes | memoryview) -> None:
-        self._view = memoryview(block).cast("B")
-        self.nbytes = self._view.nbytes
-
-    def use(self, at: int, fn: Callable[[memoryview], int]) -> int:
-        return fn(self._view[at : at + READ_BYTES])
 
 
 class _Lent(asyncio.BufferedProtocol):

@@ -12,7 +12,8 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from optserve.api.connection import EXTENSION, REPLY, Part, pieces
+from optserve.api.connection import EXTENSION, REPLY
+from optserve.api.streams import Part, pieces
 from optserve.api.waiting import off_loop
 from optserve.sessions.published import Published
 from optserve.sessions.reply import Reply

@@ -14,7 +14,7 @@ from optserve.sessions.ledger import Identity
 from optserve.sessions.replay import replay
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
-from optserve.store.base import Durability, Event, Key, SessionRow, Store
+from optserve.store.base import DURABILITIES, Durability, Event, Key, SessionRow, Store
 from optserve_client.errors import Damaged, Invalid, OutOfSpace, SessionNotFound, Unavailable
 
 log = structlog.get_logger(__name__)
@@ -27,11 +27,14 @@ def event_of(
     identity: Identity,
     reply: Mapping[str, Any],
     owner_epoch: int,
-    *,
     about: Mapping[str, Any] | None,
-    durability: Durability,
+    before: Durability | None,
 ) -> Event:
-    """Return the event of a change that was applied to ``state`` but is not counted in yet."""
+    """Return the event of a change that was applied to ``state`` but is not counted in yet.
+
+    ``before``: the durability before it; what changes that is as safe as both say.
+    """
+    durability = state.config["durability"]
     record: dict[str, Any] = {
         "request": _said(change.request),
         "outcome": _said(change.outcome),
@@ -56,7 +59,7 @@ def event_of(
         loss=change.loss,
         grad_norm=describe.finite(change.grad_norm),
         payload=change.payload,
-        durability=durability,
+        durability=min(before or durability, durability, key=DURABILITIES.index),
         about=about,
     )
 

@@ -31,17 +31,8 @@ from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
 from optserve.sessions.turn import Back, Waiting
 from optserve.sessions.weights import publish
-from optserve.store.base import (
-    DURABILITIES,
-    Durability,
-    PayloadWriter,
-    SessionRow,
-)
-from optserve_client.errors import (
-    OptserveError,
-    SessionNotFound,
-    Unavailable,
-)
+from optserve.store.base import Durability, PayloadWriter, SessionRow
+from optserve_client.errors import OptserveError, SessionNotFound, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -379,19 +370,8 @@ class Session:
         if change.kind != "step" or state.updates == 0:
             self._held.measure(state)
         reply = describe.strict({"applied_version": made, **change.reply})
-        promised: Durability = state.config["durability"]
-        if durability is not None:  # what changes the durability is as safe as both say
-            promised = min(durability, promised, key=_strength)
-        event = event_of(
-            self.key,
-            state,
-            change,
-            identity,
-            reply,
-            self._held.own(),
-            about=self._held.news(state),
-            durability=promised,
-        )
+        owner_epoch, news = self._held.own(), self._held.news(state)
+        event = event_of(self.key, state, change, identity, reply, owner_epoch, news, durability)
         if self._executor.spare and not here:
             [outcome] = self._store.append([event])
         else:  # the thread is better used for somebody else's numbers
@@ -412,7 +392,3 @@ class Session:
     def _repeat(self, state: SessionState, known: Duplicate) -> dict[str, Any]:
         told = counters(self.id, state, known.applied_version)
         return {**known.reply, **told, "duplicate": True}
-
-
-def _strength(durability: Durability) -> int:
-    return DURABILITIES.index(durability)
