@@ -194,5 +194,5 @@ def test_a_header_is_refused_for_the_same_reasons_after_a_good_one() -> None:
         good[:-1],
         good + "]",
     ):
-        with pytest.raises(Malformed):
+        with pytest.raises(errors.Malformed):
             wire.parse_header(bad.encode())
