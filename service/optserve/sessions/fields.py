@@ -154,13 +154,13 @@ class StepFields(Fields):
     """Everything in a step but its tensors. A null is the same as leaving the field out."""
 
     #: Parameters whose gradient is None: the optimizer leaves them alone.
-    none: list[str] = []
+    none: list[str] = Field(default_factory=list)
     #: Assigned to ``param_groups[i]`` before the update, and stays.
     groups: Annotated[list[dict[str, Any]], _our_check(_check_hyper)] | None = None
     #: At the params at which the gradient was taken. Finite: a step without one is worth more than
     #: a history that JSON cannot show.
     loss: float | None = None
-    metrics: Metrics = {}
+    metrics: Metrics = Field(default_factory=dict)
     worker: Worker | None = None
     epoch: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     seq: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
