@@ -109,11 +109,13 @@ class PartsResponse(Response):
         headers: Mapping[str, str] | None = None,
         media_type: str = SAFETENSORS,
     ) -> None:
+        # Not Response's own constructor, which takes longer than a small reply does.
         self.parts = parts
+        self.status_code = status_code
+        self.background = None
         length = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
-        super().__init__(
-            None, status_code, {**(headers or {}), "content-length": str(length)}, media_type
-        )
+        told = {**(headers or {}), "content-type": media_type, "content-length": str(length)}
+        self.raw_headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in told.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if EXTENSION in scope.get("extensions", ()):

@@ -312,7 +312,7 @@ class Engine:
             if (coo := gradients.sparse.get(name)) is not None:
                 grads[name] = to_coo(coo).to(device)
             else:
-                grads[name] = views[name].to(device)
+                grads[name] = views[name] if device == "cpu" else views[name].to(device)
         return grads
 
     def check_finite(self, gradients: Gradients) -> None:

@@ -160,9 +160,9 @@ class Holding:
         """Make the last commit visible to those who do not wait for a turn."""
         self.origin = state.origin
         # One assignment each: who reads while another thread commits sees all of it or nothing.
-        self.shape = Shape(
-            Expected(layout=state.layout, sparse=state.engine.recipe.sparse), state.engine.pool
-        )
+        if self.shape is None or self.shape.pool is not state.engine.pool:
+            expected = Expected(layout=state.layout, sparse=state.engine.recipe.sparse)
+            self.shape = Shape(expected, state.engine.pool)
         self.row = SessionRow(
             key=self.row.key,
             last_lsn=state.lsn,

@@ -21,14 +21,17 @@ class Frozen:
 
     @classmethod
     def of(cls, event: Event) -> Frozen:
-        record, about = record_text(event), about_text(event)
-        # What is not kept with an event does not come back with it.
-        bare = replace(event, record={}, about=None, durability="always")
-        return cls(bare, record, about)
+        return cls(event, record_text(event), about_text(event))
 
     def thaw(self, payloads: bool = True) -> Event:
-        kept = self.event.payload if payloads else None
-        return replace(self.event, record=json.loads(self.record), payload=kept)
+        # What is not kept with an event does not come back with it.
+        return replace(
+            self.event,
+            record=json.loads(self.record),
+            about=None,
+            durability="always",
+            payload=self.event.payload if payloads else None,
+        )
 
     def values(self) -> dict[str, Any]:
         """Return what the event's own columns hold, but for the payload."""
