@@ -6,6 +6,7 @@ where ASGI messages carry the bytes: what a caller sees must not tell them apart
 
 from __future__ import annotations
 
+import gc
 import shutil
 import ssl
 import subprocess
@@ -362,3 +363,20 @@ def test_a_reply_that_was_taken_cost_no_copy(twin: Twin, copies: list[int]) -> N
             wire.send(head(BODY) + BODY)
             assert_stepped(wire.answer(), version)
     assert copies == []
+
+
+@only(LENT)
+def test_a_request_leaves_nothing_for_the_garbage_collector(twin: Twin) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with twin.connect() as wire:
+            for version in (1, 2):
+                wire.send(head(BODY) + BODY)
+                assert_stepped(wire.answer(), version)
+            wire.send(head(None, target=f"GET {PARAMS}"))
+            assert wire.answer()[0] == 200
+            left = [kept for kept in gc.get_objects() if type(kept).__name__ == "Exchange"]
+            assert len(left) <= 1  # the one that the connection knows
+    finally:
+        gc.enable()

@@ -71,7 +71,10 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["extensions"] = {EXTENSION: self}
-        await self._app(scope, self.receive, self.send)
+        try:
+            await self._app(scope, self.receive, self.send)
+        finally:
+            del scope["extensions"]  # which leads back to the scope: a collector would have to come
 
     # --- the body --------------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class Exchange:
         if self._lent is None:
             return cast(Message, await self._cycle.receive())
         lent = self._lent
-        await lent.ended
+        await asyncio.shield(lent.ended)  # whoever stops waiting may come again
         if self._cycle.disconnected:
             return {"type": "http.disconnect"}
         self._hand_back(lent)
@@ -169,48 +172,57 @@ class Exchange:
             return
         whole = [Whole(first), *(Whole(p) if isinstance(p, bytes) else p for p in rest)]
         sock = transport.get_extra_info("socket")
-        if sock is None or is_ssl(transport) or transport.get_write_buffer_size():
-            await self._write_copies(whole)
-            return
-        # Of our own, so that it stays this connection's when the transport closes.
-        fd = os.dup(sock.fileno())
+        direct = not (sock is None or is_ssl(transport) or transport.get_write_buffer_size())
         try:
             async with asyncio.timeout(None) as deadline:
-                for part in whole:
-                    await _pour(part, fd, deadline, silence_s)
+                if direct:
+                    await _pour(whole, sock.fileno(), deadline, silence_s)
+                else:
+                    await self._write_copies(whole, deadline, silence_s)
         except (OSError, TimeoutError) as exc:
             log.debug("nobody took the answer", path=self._cycle.scope["path"], why=repr(exc))
             self._cycle.disconnected = True
             transport.abort()
-        finally:
-            os.close(fd)
 
-    async def _write_copies(self, parts: Sequence[Part]) -> None:
+    async def _write_copies(
+        self, parts: Sequence[Part], deadline: asyncio.Timeout, silence_s: float
+    ) -> None:
         """The same through the transport: encrypted, or behind what it still has to write."""
+        loop = asyncio.get_running_loop()
         for part in parts:
             for piece in pieces(part):
+                deadline.reschedule(loop.time() + silence_s)
                 await self._cycle.flow.drain()
                 if self._cycle.disconnected:
                     return
                 self._connection.transport.write(piece)
 
 
-async def _pour(part: Part, fd: int, deadline: asyncio.Timeout, silence_s: float) -> None:
-    """Write ``part`` to a socket without a copy: each piece is the kernel's, or still ours, but
+async def _pour(
+    parts: Sequence[Part], fd: int, deadline: asyncio.Timeout, silence_s: float
+) -> None:
+    """Write ``parts`` to a socket without a copy: each piece is the kernel's, or still ours, but
     never a transport's, which would look at it later."""
-    loop, write, at, unbroken = asyncio.get_running_loop(), partial(os.write, fd), 0, 0
-    while at < part.nbytes:
-        try:
-            taken = part.use(at, write)
-        except BlockingIOError:
-            deadline.reschedule(loop.time() + silence_s)
-            await _writable(loop, fd)
-            unbroken = 0
-            continue
-        at, unbroken = at + taken, unbroken + taken
-        if unbroken > UNBROKEN_BYTES:
-            await asyncio.sleep(0)
-            unbroken = 0
+    loop = asyncio.get_running_loop()
+    own = os.dup(fd)  # stays this connection's when the transport closes
+    try:
+        for part in parts:
+            at = unbroken = 0
+            while at < part.nbytes:
+                try:
+                    taken = part.use(at, partial(os.write, own))
+                except BlockingIOError:
+                    deadline.reschedule(loop.time() + silence_s)
+                    await _writable(loop, own)
+                    deadline.reschedule(None)
+                    unbroken = 0
+                    continue
+                at, unbroken = at + taken, unbroken + taken
+                if unbroken > UNBROKEN_BYTES:
+                    await asyncio.sleep(0)
+                    unbroken = 0
+    finally:
+        os.close(own)
 
 
 async def _writable(loop: asyncio.AbstractEventLoop, fd: int) -> None:
