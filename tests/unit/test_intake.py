@@ -55,8 +55,14 @@ class FakeBuffer:
     def array(self, name: str) -> wire.Tensor:
         return wire.from_bytes(self.layout.dtype, self.layout.by_name[name].shape, self.view(name))
 
-    def widen(self, name: str, tensor: wire.Tensor) -> None:
-        self.view(name)[:] = wire.as_bytes(wire.widen(tensor, self.layout.dtype, name))
+    def end(self, name: str, nbytes: int) -> memoryview:
+        view = self.view(name)
+        return view[len(view) - nbytes :]
+
+    def widen(self, name: str, tag: str) -> None:
+        shape = self.layout.by_name[name].shape
+        narrow = wire.from_bytes(tag, shape, bytes(self.end(name, wire.nbytes(tag, shape))))
+        self.view(name)[:] = wire.as_bytes(wire.widen(narrow, self.layout.dtype, name))
 
     def release(self) -> None:
         self.pool.leased -= 1

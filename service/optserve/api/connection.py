@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import httptools
@@ -161,16 +162,11 @@ class Exchange:
 
     async def _write(self, parts: Sequence[Part | bytes], silence_s: float) -> None:
         """Write ``parts``; the connection is closed if nobody takes them."""
-        transport, begun = self._connection.transport, []
-        for part in parts:
-            if not isinstance(part, bytes):
-                break
-            begun.append(part)
-        first, rest = b"".join(begun), parts[len(begun) :]
-        if not rest and len(first) <= JOINED_BYTES:
-            transport.write(first)
+        transport = self._connection.transport
+        whole = [Whole(part) if isinstance(part, bytes) else part for part in parts]
+        if sum(part.nbytes for part in whole) <= JOINED_BYTES:
+            transport.write(b"".join(chain.from_iterable(map(pieces, whole))))
             return
-        whole = [Whole(first), *(Whole(p) if isinstance(p, bytes) else p for p in rest)]
         sock = transport.get_extra_info("socket")
         direct = not (sock is None or is_ssl(transport) or transport.get_write_buffer_size())
         try:

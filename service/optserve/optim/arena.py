@@ -137,18 +137,31 @@ class GradientBuffer:
         slot = self.layout.by_name[name]
         return wire.from_bytes(self.layout.dtype, slot.shape, self.view(name))
 
-    def widen(self, name: str, tensor: wire.Tensor) -> None:
-        """Fill one gradient with the values of ``tensor``, whose dtype is narrower."""
-        raw = tensor.array if isinstance(tensor, wire.Bits) else tensor
-        narrow = torch.from_numpy(raw)
-        if isinstance(tensor, wire.Bits):
-            narrow = narrow.view(torch.bfloat16)
-        self.arena.views[name].copy_(narrow)
+    def end(self, name: str, nbytes: int) -> memoryview:
+        """Return the last ``nbytes`` of one gradient: where it lies in a narrower dtype until
+        :meth:`widen`."""
+        view = self.view(name)
+        return view[len(view) - nbytes :]
+
+    def widen(self, name: str, tag: str) -> None:
+        """Convert a gradient that lies at the end of its place in the wire dtype ``tag``."""
+        wide = self.arena.views[name].view(-1)
+        size = wide.numel() * wire.itemsize(tag)
+        if not size:
+            return
+        raw = torch.frombuffer(self.end(name, size), dtype=torch.uint8)
+        narrow = raw.view(next(dtype for dtype, known in WIRE_TAGS.items() if known == tag))
+        # From the front: what is written stays behind what is still to be read.
+        for at in range(0, wide.numel(), WIDENED):
+            wide[at : at + WIDENED] = narrow[at : at + WIDENED].clone()
 
     def release(self) -> None:
         """Give the buffer back; its content is lost."""
         self._give_back(self)
 
+
+#: Elements that are converted together.
+WIDENED = 2**18
 
 #: Gradients of one session that may be under way at a time, in bytes; two always may.
 LEASED_BYTES = 2 * 2**30

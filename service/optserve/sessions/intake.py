@@ -65,6 +65,8 @@ class StepIntake:
         self._head_bytes = _PREFIX_BYTES
         self._received = 0
         self._none: frozenset[str] = frozenset()
+        #: Gradients that arrive in a dtype which is not the session's, by parameter.
+        self._narrow: dict[str, str] = {}
         #: Tensors that do not arrive in the buffer, by their name in the frame.
         self._staged: dict[str, wire.Tensor] = {}
         #: Where the bytes go, in the order of the frame; empty tensors are left out.
@@ -141,11 +143,14 @@ class StepIntake:
         header = wire.parse_header(memoryview(self._head)[_PREFIX_BYTES:])
         self._check_size(header.frame_bytes)
         self.fields = StepFields.parse(read_fields(header.metadata))
-        in_place = self._check(header)
+        self._check(header)
         buffer = self._buffer = self._lease()
         for info in header.tensors:
-            if name := in_place.get(info.name):
-                target = buffer.view(name)
+            kind, _, name = info.name.partition("/")
+            if kind == "grad":
+                target = buffer.end(name, info.end - info.begin)
+                if info.dtype != self._expected.layout.dtype:
+                    self._narrow[name] = info.dtype
             else:
                 raw = np.empty(info.end - info.begin, np.uint8)
                 self._staged[info.name] = wire.from_bytes(info.dtype, info.shape, raw.data)
@@ -163,11 +168,10 @@ class StepIntake:
         self.frame_bytes = header.frame_bytes
         self._head = bytearray()
 
-    def _check(self, header: wire.Header) -> dict[str, str]:
-        """Refuse what this session cannot take; return which gradients need no widening."""
+    def _check(self, header: wire.Header) -> None:
+        """Refuse what this session cannot take."""
         assert self.fields is not None
         expected = self._expected
-        in_place: dict[str, str] = {}
         dense: set[str] = set()
         halves: dict[str, dict[str, wire.TensorInfo]] = {}
         for info in header.tensors:
@@ -177,8 +181,6 @@ class StepIntake:
                 expected.check_dense(name, what)
                 dense.add(name)
                 self._check_tensor(info, expected.slot_shape(name, what), what)
-                if info.dtype == expected.layout.dtype:
-                    in_place[info.name] = name
             elif kind == "param":
                 self._check_tensor(info, expected.slot_shape(name, what), what)
             elif kind == "sparse" and name.endswith(("/indices", "/values")):
@@ -193,7 +195,6 @@ class StepIntake:
         for name, pair in halves.items():
             self._check_sparse(name, pair)
         self._none = expected.check_complete(dense | halves.keys(), self.fields.none)
-        return in_place
 
     def _check_tensor(self, info: wire.TensorInfo, shape: tuple[int, ...], what: str) -> None:
         if info.shape != shape:
@@ -230,6 +231,11 @@ class StepIntake:
         if self._journal is not None:
             self._journal.add(target[begin : begin + nbytes])
 
+    @property
+    def prompt(self) -> bool:
+        """Whether :meth:`finish` has nothing to do that takes long."""
+        return not (self._narrow or self._staged or isinstance(self._journal, JournalingBehind))
+
     def finish(self) -> Step:
         """Return the step; it owns the buffer and the payload from now on.
 
@@ -256,11 +262,11 @@ class StepIntake:
         dtype, slots = self._expected.layout.dtype, self._expected.layout.by_name
         params: dict[str, wire.Tensor] = {}
         sparse: dict[str, Sparse] = {}
+        for name, tag in self._narrow.items():
+            self._buffer.widen(name, tag)
         for full_name, tensor in self._staged.items():
             kind, _, name = full_name.partition("/")
-            if kind == "grad":
-                self._buffer.widen(name, tensor)
-            elif kind == "param":
+            if kind == "param":
                 params[name] = wire.widen(tensor, dtype, full_name)
             elif name.endswith("/values"):
                 name = name.removesuffix("/values")
