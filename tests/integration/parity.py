@@ -29,6 +29,16 @@ SHAPES: dict[str, Shapes] = {
     "no scalar": {"w.big": (257, 301), "vec": (7,), "w.tall": (33, 1)},
     "matrices": {"w.big": (257, 301), "vec": (19, 5), "w.tall": (33, 2)},
 }
+#: Of classes that take seconds a step for the large matrix, on processors that have no instructions
+#: for products in bfloat16.
+SMALLER = {"SpectralSphere": {"w.big": (25, 31)}}
+
+
+def shapes_of(name: str) -> dict[str, Shapes]:
+    """Return what a class is tried on, mix by mix."""
+    return {label: {**shapes, **SMALLER.get(name, {})} for label, shapes in SHAPES.items()}
+
+
 #: Those that refuse some of the odd shapes, if only with one impl, and the first set they take.
 TAKES = {
     "Muon": "matrices",

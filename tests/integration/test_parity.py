@@ -20,7 +20,17 @@ from optserve.optim import catalogue
 from optserve_client import wire
 from tests import local
 from tests.conftest import LONG, Figure
-from tests.integration.parity import SHAPES, STEPS, TAKES, Cell, Local, Shapes, body, cells, resolve
+from tests.integration.parity import (
+    STEPS,
+    TAKES,
+    Cell,
+    Local,
+    Shapes,
+    body,
+    cells,
+    resolve,
+    shapes_of,
+)
 from tests.serving import ServerProcess
 
 
@@ -107,7 +117,7 @@ def refusal(cell: Cell, shapes: Shapes) -> str | None:
 @pytest.mark.filterwarnings("ignore:std:UserWarning")  # of a class that takes it of one element
 @pytest.mark.parametrize("cell", chosen(), ids=lambda cell: cell.id)
 def test_served_params_are_bit_equal_to_local_ones(cell: Cell, http: httpx.Client) -> None:
-    for label, shapes in SHAPES.items():
+    for label, shapes in shapes_of(cell.name).items():
         params = local.arrays(0, shapes)
         fields = {**body(cell), "order": list(shapes)}
         request = encoded(fields, params, "params", "binary")

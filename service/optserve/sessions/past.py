@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from optserve.sessions.kinds import WITH_PAYLOAD
-from optserve.sessions.replay import read_frame, replay, write_frame
+from optserve.sessions.replay import PayloadGone, read_frame, replay, write_frame
 from optserve.sessions.state import SessionState
 from optserve.store.base import Event, Key, SnapshotRow, Store
 from optserve_client.errors import Internal, Invalid
@@ -40,7 +40,7 @@ class Past:
             raise self._unreachable(version)
         try:
             return replay(self._store, self._key, lsn)
-        except Internal as exc:  # of a session that keeps its events in memory
+        except (Internal, PayloadGone) as exc:  # of a session that keeps its events in memory
             raise self._unreachable(version) from exc
 
     def _standing(self, kept: list[SnapshotRow]) -> list[SnapshotRow]:

@@ -24,7 +24,7 @@ from optserve_client.errors import Damaged, Internal, SessionNotFound
 log = structlog.get_logger(__name__)
 
 
-class PayloadGone(Internal):
+class PayloadGone(Exception):
     """An event cannot be replayed: its tensors were not kept."""
 
 
@@ -51,7 +51,7 @@ def replay(
 
     A snapshot that does not read back is passed over for the one before. With ``lossy`` the state
     ends before the first event whose payload was not kept or does not read back. Raises
-    SessionNotFound, and Damaged or Internal when something that is needed is gone.
+    SessionNotFound, and Damaged, Internal or PayloadGone when something that is needed is gone.
     """
     state = _fold(store, key, upto_lsn, lossy)
     if state.engine.line_search is not None:
