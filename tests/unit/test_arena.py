@@ -5,21 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optserve.optim.arena import SERIAL, GradientPool
+from optserve.optim.arena import WIDENED, GradientPool
 from optserve.optim.layout import Layout
 
 NARROW = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 @pytest.mark.parametrize(("have", "want"), [("F16", "F32"), ("BF16", "F32")])
-@pytest.mark.parametrize("numel", [0, 1, 7, SERIAL - 1, SERIAL, 3 * SERIAL + 5])
+@pytest.mark.parametrize("numel", [0, 1, 7, WIDENED - 1, WIDENED, 3 * WIDENED + 5])
 def test_widening_in_place_is_exact(have: str, want: str, numel: int) -> None:
     check(have, want, numel)
 
 
 @pytest.mark.parametrize("have", NARROW)
 def test_widening_to_float64_is_exact(have: str) -> None:
-    check(have, "F64", 2 * SERIAL + 3)
+    check(have, "F64", 2 * WIDENED + 3)
 
 
 def check(have: str, want: str, numel: int) -> None:

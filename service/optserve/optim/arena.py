@@ -152,17 +152,16 @@ class GradientBuffer:
         raw = torch.frombuffer(self.end(name, size), dtype=torch.uint8)
         narrow = raw.view(next(dtype for dtype, known in WIRE_TAGS.items() if known == tag))
         # From the front: what is written stays behind what is still to be read.
-        for at in range(0, wide.numel(), SERIAL):
-            wide[at : at + SERIAL] = narrow[at : at + SERIAL].clone()
+        for at in range(0, wide.numel(), WIDENED):
+            wide[at : at + WIDENED] = narrow[at : at + WIDENED].clone()
 
     def release(self) -> None:
         """Give the buffer back; its content is lost."""
         self._give_back(self)
 
 
-#: Elements that torch converts without a team of threads, which would be one more for each thread
-#: that asks, and spin for a while afterwards.
-SERIAL = 32_000
+#: Elements that are converted together.
+WIDENED = 2**18
 
 #: Gradients of one session that may be under way at a time, in bytes; two always may.
 LEASED_BYTES = 2 * 2**30

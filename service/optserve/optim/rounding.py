@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from optserve.optim.arena import SERIAL, WIRE_TAGS
+from optserve.optim.arena import WIRE_TAGS
 
 _DTYPES = {tag: dtype for dtype, tag in WIRE_TAGS.items() if dtype.is_floating_point}
 
@@ -15,9 +15,6 @@ def converted(source: memoryview, have: str, want: str) -> np.ndarray:
     raw = np.frombuffer(source, np.uint8)
     if not raw.flags.writeable:  # of which torch warns
         raw = raw.copy()
-    elements = torch.from_numpy(raw).view(_DTYPES[have])
-    made = torch.empty(elements.shape, dtype=_DTYPES[want])
-    for at in range(0, len(elements), SERIAL):
-        made[at : at + SERIAL] = elements[at : at + SERIAL]
+    made = torch.from_numpy(raw).view(_DTYPES[have]).to(_DTYPES[want])
     out: np.ndarray = made.view(torch.uint8).numpy()
     return out
