@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from json.decoder import scanstring  # type: ignore[attr-defined]
+from json.encoder import encode_basestring as _quoted
 from typing import Any
 
 from optserve_client._json_tensors import tensor_from_json, tensor_to_json
@@ -176,8 +177,9 @@ def encode_header(
     """Return the first bytes of a frame whose tensors (name, dtype, shape) come in this order."""
     tensors = _tensors_text(tuple((name, dtype, tuple(shape)) for name, dtype, shape in infos))
     if metadata:
-        said = json.dumps({_METADATA: dict(metadata)}, separators=(",", ":"), ensure_ascii=False)
-        tensors = said[:-1] + ("," if len(tensors) > 2 else "") + tensors[1:]
+        said = ",".join(f"{_quoted(key)}:{_quoted(value)}" for key, value in metadata.items())
+        more = "," if len(tensors) > 2 else ""
+        tensors = f'{{"{_METADATA}":{{{said}}}{more}{tensors[1:]}'
     text = tensors.encode()
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:

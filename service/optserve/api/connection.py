@@ -13,7 +13,6 @@ import contextlib
 import os
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, cast
 
 import httptools
@@ -27,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.protocols.utils import is_ssl
 
-from optserve.api.streams import READ_BYTES, Pace, Part, Sink, Whole, pieces
+from optserve.api.streams import READ_BYTES, Pace, Part, Sink, Whole, pieces, size_of
 
 log = structlog.get_logger(__name__)
 
@@ -163,10 +162,11 @@ class Exchange:
     async def _write(self, parts: Sequence[Part | bytes], silence_s: float) -> None:
         """Write ``parts``; the connection is closed if nobody takes them."""
         transport = self._connection.transport
-        whole = [Whole(part) if isinstance(part, bytes) else part for part in parts]
-        if sum(part.nbytes for part in whole) <= JOINED_BYTES:
-            transport.write(b"".join(chain.from_iterable(map(pieces, whole))))
+        if size_of(parts) <= JOINED_BYTES:
+            small = (part if isinstance(part, bytes) else b"".join(pieces(part)) for part in parts)
+            transport.write(b"".join(small))
             return
+        whole = [Whole(part) if isinstance(part, bytes) else part for part in parts]
         sock = transport.get_extra_info("socket")
         direct = not (sock is None or is_ssl(transport) or transport.get_write_buffer_size())
         try:

@@ -39,8 +39,11 @@ class Edge:
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         try:
-            with self.drain.change(scope["method"]):
+            counted = self.drain.begin(scope["method"])
+            try:
                 await self.app(scope, exchange.receive, exchange.send)
+            finally:
+                self.drain.end(counted)
         except ClientDisconnect:
             log.debug("client went away", path=scope["path"])
         except asyncio.CancelledError:  # the server stops and waited long enough

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from optserve.api.connection import EXTENSION, REPLY
-from optserve.api.streams import Part, pieces
+from optserve.api.streams import Part, pieces, size_of
 from optserve.api.waiting import off_loop
 from optserve.sessions.published import Published
 from optserve.sessions.reply import Reply
@@ -113,9 +113,11 @@ class PartsResponse(Response):
         self.parts = parts
         self.status_code = status_code
         self.background = None
-        length = sum(len(p) if isinstance(p, bytes) else p.nbytes for p in parts)
-        told = {**(headers or {}), "content-type": media_type, "content-length": str(length)}
-        self.raw_headers = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in told.items()]
+        self.raw_headers = [
+            *((k.encode("latin-1"), v.encode("latin-1")) for k, v in (headers or {}).items()),
+            (b"content-type", media_type.encode("latin-1")),
+            (b"content-length", b"%d" % size_of(parts)),
+        ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if EXTENSION in scope.get("extensions", ()):
@@ -146,8 +148,8 @@ class PartsResponse(Response):
 def tensor_frame(
     params: Published | None, dtype: str | None, fields: Mapping[str, Any]
 ) -> list[Part | bytes]:
-    """Return a safetensors frame: ``param/<name>`` and all ``fields`` as one JSON string."""
-    metadata = {META_KEY: dump(finite(fields)).decode()}
+    """Return a safetensors frame: ``param/<name>`` and all ``fields``, strict JSON, as one string."""
+    metadata = {META_KEY: dump(fields).decode()}
     if params is None:
         return [wire.encode_header((), metadata)]
     tag = dtype or params.layout.dtype
@@ -204,7 +206,6 @@ async def _encode(
 def _json_text(
     fields: Mapping[str, Any], params: Published | None, encoding: Encoding, dtype: str | None
 ) -> bytes:
-    document = finite(fields)
     if params is not None:
-        document = {**document, "params": json_tensors(params, encoding, dtype)}
-    return orjson.dumps(document, option=_DOCUMENT)
+        fields = {**fields, "params": json_tensors(params, encoding, dtype)}
+    return orjson.dumps(fields, option=_DOCUMENT)

@@ -120,7 +120,9 @@ async def decode_step(request: Request, session: Session) -> Step:
     except BaseException:
         intake.abort()
         raise
-    return await off_loop(0 if intake.prompt else intake.frame_bytes or 0, intake.finish)
+    if intake.prompt:
+        return intake.finish()
+    return await off_loop(intake.frame_bytes or 0, intake.finish)
 
 
 def step_from_text(request: Request, session: Session, raw: bytes | bytearray) -> Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from optserve_client.errors import BodyTimeout
@@ -70,6 +70,11 @@ class Whole:
 
     def use(self, at: int, fn: Callable[[memoryview], int]) -> int:
         return fn(self._view[at : at + READ_BYTES])
+
+
+def size_of(parts: Iterable[Part | bytes]) -> int:
+    """Return how many bytes ``parts`` are together."""
+    return sum([len(part) if isinstance(part, bytes) else part.nbytes for part in parts])
 
 
 def pieces(part: Part) -> Iterator[bytes]:

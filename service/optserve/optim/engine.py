@@ -20,8 +20,9 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from optserve.optim import catalogue, devices, schedules
 from optserve.optim.arena import Arena, GradientPool
 from optserve.optim.averages import Best, Ema, Window
+from optserve.optim.fused import FusedAdam
 from optserve.optim.gradients import Gradients, Inspected, first_nonfinite, to_coo, total_norm
-from optserve.optim.hyper import changed_hyper, from_json, shown
+from optserve.optim.hyper import Shown, changed_hyper, from_json
 from optserve.optim.layout import Layout
 from optserve.optim.lbfgs import LineSearch
 from optserve.optim.recipe import Recipe
@@ -79,6 +80,7 @@ class Engine:
         ]
         self.optimizer = self.entry.build(groups, hyper, self.impl)
         self._step = self._plain_step()
+        self._shown = Shown()
         self.torch_line = self.entry.torch_line(hyper, self.impl)
         self.set_scheduler(recipe.scheduler)
         self.ema = Ema(self.params, recipe.ema_decay) if recipe.ema_decay is not None else None
@@ -94,7 +96,8 @@ class Engine:
             return self.optimizer.step
         # Schedulers warn if they are stepped first; they find out by a wrapper of their own.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        return torch.no_grad()(partial(inspect.unwrap(type(self.optimizer).step), self.optimizer))
+        step = torch.no_grad()(partial(inspect.unwrap(type(self.optimizer).step), self.optimizer))
+        return FusedAdam(self.optimizer, step) if FusedAdam.fits(self.optimizer) else step
 
     def nbytes(self) -> int:
         """Return about how much memory the session takes: its tensors, a gradient, a reply."""
@@ -118,8 +121,8 @@ class Engine:
         self.monitor = (spec or {}).get("monitor")
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the effective hyperparameters of each group."""
-        return [shown(group) for group in self.optimizer.param_groups]
+        """Return the effective hyperparameters of each group, as JSON; do not change them."""
+        return self._shown.of(self.optimizer.param_groups)
 
     def learning_rates(self) -> list[float]:
         return [group["lr"] for group in self.optimizer.param_groups]
@@ -164,6 +167,7 @@ class Engine:
         added = {name: torch.nn.Parameter(self.params.views[name]) for name in params}
         self.parameters |= added
         self.optimizer.add_param_group({**fields, "params": list(added.values())})
+        self._step = self._plain_step()
         if self.scheduler is not None:
             self.scheduler.adopt_groups()
         for kept in (self.ema, self.best):

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.linalg import vector_norm as _norm
 from torch.nn.utils import get_total_norm
 
 from optserve.optim.arena import GradientBuffer, from_wire
@@ -63,7 +64,9 @@ def total_norm(grads: Mapping[str, torch.Tensor]) -> float:
     if not tensors or tensors[0].device.type != "cpu":
         return float(get_total_norm(tensors))
     # The same operations on one device and dtype, without the sorting by them.
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))))
+    if len(tensors) == 1:
+        return float(_norm(_norm(tensors[0])))
+    return float(_norm(torch.stack(torch._foreach_norm(tensors))))
 
 
 def first_nonfinite(grads: Mapping[str, torch.Tensor]) -> str | None:

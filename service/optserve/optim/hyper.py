@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import is_
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 
 #: Flags of the implementation, not hyperparameters: never shown, never patched.
@@ -14,20 +17,48 @@ FLAGS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"}
 
 def shown(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a param_group as JSON has them."""
-    return {name: _shown(value) for name, value in group.items() if name not in FLAGS}
+    return {name: json_value(value) for name, value in group.items() if name not in FLAGS}
 
 
-def _shown(value: Any) -> Any:
-    """Return a hyperparameter as JSON has it: no tuples, tensors, dtypes, NaN or Infinity."""
+class Shown:
+    """The same for all param_groups of an optimizer, made anew where a value is another one."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[list[Any], dict[str, Any]]] = {}
+
+    def of(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the hyperparameters of each group; they are shared: do not change them."""
+        made = []
+        for i, group in enumerate(groups):
+            values = list(group.values())
+            known, one = self._known.get(i, ([], {}))
+            if not (len(known) == len(values) and all(map(is_, known, values))):
+                one = shown(group)
+                # What could change in place is looked at each time.
+                lasts = all(isinstance(v, _LASTING) for k, v in group.items() if k != "params")
+                self._known[i] = (values if lasts else [], one)
+            made.append(one)
+        return made
+
+
+_LASTING = (float, int, str, tuple, torch.dtype, NoneType)
+
+
+def json_value(value: Any) -> Any:
+    """Return ``value`` as strict JSON: no tuples, tensors, dtypes, NaN or Infinity."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
-    if isinstance(value, tuple | list):
-        return [_shown(item) for item in value]
+    elif isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [json_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): json_value(item) for name, item in value.items()}
+    return str(value).removeprefix("torch.")
 
 
 def changed_hyper(

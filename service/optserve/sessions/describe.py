@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from optserve.optim import preview
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import scheduler_line
@@ -171,18 +169,3 @@ def _history_row(event: Event) -> dict[str, Any]:
 def finite(value: float | None) -> float | None:
     """Return ``value``, or None for what a number column cannot hold."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def strict(value: Any) -> Any:
-    """Return ``value`` as strict JSON: NaN and Infinity are strings, tuples are lists."""
-    if isinstance(value, dict):
-        return {str(k): strict(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)

@@ -9,6 +9,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import islice
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -91,16 +92,19 @@ class Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            known = [f.alias or name for name, f in cls.model_fields.items()]
-            for key in data:
-                if key not in known:
-                    # A step's tensors were taken out of the body before; they are fields, too.
-                    known += ["grads", "params"] if "base_version" in known else []
-                    raise PydanticCustomError(
-                        "unknown_field", "{text}", {"text": unknown(key, known)}
-                    )
+        names = cls._names()
+        if isinstance(data, Mapping) and not data.keys() <= names.keys():
+            key, known = next(key for key in data if key not in names), list(names)
+            # A step's tensors were taken out of the body before; they are fields, too.
+            known += ["grads", "params"] if "base_version" in known else []
+            raise PydanticCustomError("unknown_field", "{text}", {"text": unknown(key, known)})
         return data
+
+    @classmethod
+    @cache
+    def _names(cls) -> dict[str, None]:
+        """Return the fields as a request spells them, in their order."""
+        return {field.alias or name: None for name, field in cls.model_fields.items()}
 
     @classmethod
     def parse(cls, data: Any, where: str = "") -> Self:
@@ -179,7 +183,7 @@ class StepFields(Fields):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
+        if isinstance(data, Mapping) and None in data.values():
             return {key: value for key, value in data.items() if value is not None}
         return data
 
@@ -193,21 +197,8 @@ def load_object(text: str, what: str, limit: int | None = TEXT_LIMIT_BYTES) -> d
     if limit is not None and len(text) > limit:
         raise TooLarge(f"{what} has {len(text)} characters, the limit is {limit}")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in out:
-                raise Malformed(f"{what} has the key {shown(key)} twice in one object")
-            out[key] = value
-        return out
-
-    def constant(name: str) -> NoReturn:
-        raise Malformed(f"{what} is not JSON: {name} is no JSON number")
-
     try:
-        value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=constant, parse_int=_integer
-        )
+        value = _DECODER.decode(text)
         if "\\u" in text:  # only an escape can bring a lone surrogate, which no reply could carry
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
@@ -215,11 +206,32 @@ def load_object(text: str, what: str, limit: int | None = TEXT_LIMIT_BYTES) -> d
         raise Malformed(f"{what} holds the lone surrogate U+{found:04X}") from exc
     except RecursionError as exc:
         raise Malformed(f"{what} is nested too deeply") from exc
+    except _Twice as exc:
+        raise Malformed(f"{what} has the key {shown(exc.args[0])} twice in one object") from exc
     except ValueError as exc:
         raise Malformed(f"{what} is not JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise Malformed(f"{what} must be a JSON object, got {shown(value)}")
     return value
+
+
+class _Twice(Exception):
+    """A key that stands twice in one object."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Twice(key)
+            seen.add(key)
+    return out
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _integer(digits: str) -> int | float:
@@ -229,6 +241,9 @@ def _integer(digits: str) -> int | float:
     if math.isinf(nearest := float(digits)):
         raise ValueError(f"a number of {len(digits)} digits is too large")
     return exact if -(2**63) <= (exact := int(digits)) < 2**64 else nearest
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer)
 
 
 # --- sentences -----------------------------------------------------------------------------------

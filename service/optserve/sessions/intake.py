@@ -171,7 +171,9 @@ class StepIntake:
     def _check(self, header: wire.Header) -> None:
         """Refuse what this session cannot take."""
         assert self.fields is not None
-        expected = self._expected
+        expected, none = self._expected, self.fields.none
+        if not none and any(infos is header.tensors for infos in expected.known):
+            return
         dense: set[str] = set()
         halves: dict[str, dict[str, wire.TensorInfo]] = {}
         for info in header.tensors:
@@ -194,7 +196,9 @@ class StepIntake:
                 )
         for name, pair in halves.items():
             self._check_sparse(name, pair)
-        self._none = expected.check_complete(dense | halves.keys(), self.fields.none)
+        self._none = expected.check_complete(dense | halves.keys(), none)
+        if not none:
+            expected.known[:] = [header.tensors]
 
     def _check_tensor(self, info: wire.TensorInfo, shape: tuple[int, ...], what: str) -> None:
         if info.shape != shape:

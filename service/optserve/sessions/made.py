@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from optserve.optim.hyper import json_value
 from optserve.sessions import config as configs
 from optserve.sessions import describe
 from optserve.sessions.reply import Reply
@@ -48,7 +49,7 @@ def answer(made: Made) -> Future[Reply]:
     def job(state: SessionState) -> Reply:
         if made.origin is not None:
             check_origin(made.session, state.origin, made.origin)
-        return Reply(scalars={**describe.status(made.session.row, state), **told})
+        return Reply(scalars=json_value({**describe.status(made.session.row, state), **told}))
 
     return made.session.run(job)
 

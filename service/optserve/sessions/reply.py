@@ -16,6 +16,7 @@ from optserve.sessions.weights import subtract
 class Reply:
     """Scalars for everybody, params for those who asked for them."""
 
+    #: As strict JSON.
     scalars: dict[str, Any]
     params: Published | None = None
     #: ``params`` or ``delta``: what ``params`` holds; None without params.

@@ -369,7 +369,7 @@ class Session:
         made = state.version + 1 if change.moves else None
         if change.kind != "step" or state.updates == 0:
             self._held.measure(state)
-        reply = describe.strict({"applied_version": made, **change.reply})
+        reply = {"applied_version": made, **change.reply}
         owner_epoch, news = self._held.own(), self._held.news(state)
         event = event_of(self.key, state, change, identity, reply, owner_epoch, news, durability)
         if self._executor.spare and not here:

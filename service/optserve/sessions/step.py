@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +69,8 @@ class Expected:
 
     layout: Layout
     sparse: frozenset[str]
+    #: Tensors of the last body that was found to be complete: from step to step they are the same.
+    known: list[tuple[wire.TensorInfo, ...]] = field(default_factory=list, compare=False)
 
     def slot_shape(self, name: str, what: str) -> tuple[int, ...]:
         slot = self.layout.by_name.get(name)

@@ -9,10 +9,10 @@ from typing import Any
 
 from optserve.optim.engine import Outcome
 from optserve.optim.gradients import Inspected
+from optserve.optim.hyper import json_value
 from optserve.sessions.finite import check_finite
 from optserve.sessions.intake import Step
 from optserve.sessions.state import SessionState, monitored
-from optserve.sessions.step import Expected
 from optserve.store import Payload
 from optserve_client.errors import Conflict, Invalid, VersionConflict
 
@@ -30,7 +30,7 @@ class Change:
     request: Mapping[str, Any] = field(default_factory=dict)
     #: What came out, for replay.
     outcome: Mapping[str, Any] = field(default_factory=dict)
-    #: Members of the reply beside the counters.
+    #: Members of the reply beside the counters, as strict JSON.
     reply: Mapping[str, Any] = field(default_factory=dict)
     payload: Payload | None = None
     loss: float | None = None
@@ -50,8 +50,12 @@ class Prepared:
 def prepare(state: SessionState, step: Step) -> Prepared:
     """Check ``step`` against the session; raises without having changed anything."""
     fields, engine = step.fields, state.engine
-    expected = Expected(layout=engine.layout, sparse=engine.recipe.sparse)
-    if step.expected != expected or step.buffer.layout != engine.pool.layout:
+    expected = step.expected
+    if (
+        expected.layout != engine.layout
+        or expected.sparse != engine.recipe.sparse
+        or step.buffer.layout != engine.pool.layout
+    ):
         raise Conflict("the session's params changed while the gradient was on its way")
     state.check_generation(fields.generation)
     if fields.base_version is not None and fields.base_version != state.version:
@@ -153,8 +157,8 @@ def _reply(state: SessionState, outcome: Outcome, **extra: Any) -> dict[str, Any
         "skipped": None,
         "groups": list(outcome.groups),
         "scheduler": scheduler_line(state),
-        "grad_norm": outcome.grad_norm,
-        "clip_coef": outcome.clip_coef,
+        "grad_norm": json_value(outcome.grad_norm),
+        "clip_coef": json_value(outcome.clip_coef),
         **extra,
     }
     if engine.window.steps > 1:
@@ -170,5 +174,5 @@ def scheduler_line(state: SessionState) -> dict[str, Any] | None:
     return {
         "advance": engine.advance,
         "last_epoch": engine.scheduler.last_epoch,
-        "next_lr": engine.learning_rates(),
+        "next_lr": json_value(engine.learning_rates()),
     }

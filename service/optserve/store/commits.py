@@ -16,7 +16,7 @@ from typing import Literal
 from optserve.store.base import Event, Key, Outcome
 from optserve.store.database import Connection, Database
 from optserve.store.frozen import Frozen
-from optserve.store.jobs import Item, Job
+from optserve.store.jobs import Item, Job, database_has
 from optserve.store.placing import Placed, Placing
 from optserve.store.tail import Tails
 from optserve.store.writing import After, Writing
@@ -54,18 +54,23 @@ class Commits:
     # --- the calls ---
 
     def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+        if (outcomes := self._in_tails_alone(events)) is not None:
+            ended: Future[list[Outcome]] = Future()
+            ended.set_result(outcomes)
+            return ended
         job = self._enqueue(events)
-        if not job.future.done():
-            for pending in job.pending():
-                pending.add_done_callback(lambda _: self._wake())
-            self._wake()
+        for pending in job.pending():
+            pending.add_done_callback(lambda _: self._wake())
+        self._wake()
         return job.future
 
     def append(self, events: Sequence[Event]) -> list[Outcome]:
+        if (outcomes := self._in_tails_alone(events)) is not None:
+            return outcomes
         job = self._enqueue(events)
         if pending := job.pending():
             wait(pending)
-        if not job.future.done() and self._writer.acquire(blocking=False):
+        if self._writer.acquire(blocking=False):
             try:
                 self._drain()
             finally:
@@ -120,32 +125,29 @@ class Commits:
 
     def _enqueue(self, events: Sequence[Event]) -> Job:
         job = Job(events)
-        if not job.items:
-            job.future.set_result([])
-            return job
         for item in job.items:
             self._prepare(item)
         with self._changed:
             self._check_open()
-            if self._in_tails_alone(job):
-                return job
             self._queue.append(job)
             self._busy.update(job.keys)
         return job
 
-    def _in_tails_alone(self, job: Job) -> bool:
-        """Append to the tails at once what needs neither database nor turn."""
-        with self._tails.lock:
-            for item in job.items:
-                key = item.event.key
-                if item.database_has or self._busy[key] or self._tails.get(key) is None:
-                    return False
-                if key in self._unsure:
-                    return False
-            for item in job.items:
-                self._to_tail(item)
-                item.finish()
-        return True
+    def _in_tails_alone(self, events: Sequence[Event]) -> list[Outcome] | None:
+        """Append to the tails what needs neither database nor turn; None: these events do."""
+        if any(database_has(event) for event in events):
+            return None
+        frozen = [_frozen(event) for event in events]
+        with self._changed, self._tails.lock:
+            self._check_open()
+            for event in events:
+                key = event.key
+                if self._busy[key] or key in self._unsure or self._tails.get(key) is None:
+                    return None
+            return [
+                Outcome(key=event.key, lsn=event.lsn, error=self._to_tail(event.key, row))
+                for event, row in zip(events, frozen, strict=True)
+            ]
 
     def _prepare(self, item: Item) -> None:
         """Do what can be done without a turn: freeze the event, place the payload."""
@@ -291,18 +293,17 @@ class Commits:
                 if item.error is None and self._tails.get(item.event.key) is None:
                     later.append(item)
                 else:
-                    self._to_tail(item)
+                    item.error = item.error or self._to_tail(item.event.key, item.row)
         for item in items:
             if item not in later:
                 item.finish()  # without the lock: it may call others
         return later
 
-    def _to_tail(self, item: Item) -> None:
-        if item.error is None:
-            tail = self._tails.get(item.event.key)
-            assert tail is not None
-            assert item.row is not None
-            item.error = tail.append(item.row)
+    def _to_tail(self, key: Key, row: Frozen | OptserveError | None) -> OptserveError | None:
+        tail = self._tails.get(key)
+        assert tail is not None
+        assert row is not None
+        return row if isinstance(row, OptserveError) else tail.append(row)
 
     @contextmanager
     def _with_tail(self, keys: Sequence[Key]) -> Iterator[None]:
@@ -386,3 +387,10 @@ class Commits:
     def _remove(self, after: After) -> None:
         if self._placing.files is not None and after.files:
             self._placing.files.remove(after.files)
+
+
+def _frozen(event: Event) -> Frozen | OptserveError:
+    try:
+        return Frozen.of(event)
+    except OptserveError as exc:
+        return exc

@@ -12,6 +12,11 @@ from optserve.store.writing import After
 from optserve_client.errors import OptserveError, Unavailable
 
 
+def database_has(event: Event) -> bool:
+    """Say whether the event goes to the database, whatever its durability."""
+    return event.durability != "memory" or event.kind in ("create", "rewind")
+
+
 class Item:
     """One event on its way."""
 
@@ -31,8 +36,7 @@ class Item:
 
     @property
     def database_has(self) -> bool:
-        """Whether the event goes to the database, whatever its durability."""
-        return self.durability != "memory" or self.event.kind in ("create", "rewind")
+        return database_has(self.event)
 
     def finish(self) -> None:
         if not self.done:
