@@ -373,6 +373,89 @@ def test_an_event_that_needs_no_sync_does_not_wait_for_one(sqlite: Backend) -> N
         assert modes == ["NORMAL", "FULL"]
 
 
+def test_what_needs_no_sync_is_committed_where_the_caller_says(sqlite: Backend) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="os")
+        filled(store, B, 2, durability="os")
+        modes, calls = commits_of(store), list[Callable[[], object]]()
+        futures = [store.submit([event(key, 3, durability="os")], calls.append) for key in (A, B)]
+        assert not any(future.done() for future in futures)
+        [hurry] = calls  # one for both
+        hurry()
+        assert [future.result(0)[0].error for future in futures] == [None, None]
+        assert modes == ["NORMAL"]
+        assert lsns(store, A) == lsns(store, B) == [1, 2, 3]
+
+
+def test_what_needs_a_sync_is_not(sqlite: Backend) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="always")
+        filled(store, B, 2, durability="os")
+        modes, calls = commits_of(store), list[Callable[[], object]]()
+        assert store.submit([event(A, 3)], calls.append).result(LIMIT_S)[0].error is None
+        assert calls == []
+        with internals(store)._commits.alone():
+            # The first os event of a session says so with a sync.
+            futures = [
+                store.submit([event(A, 4, durability="os")], calls.append),
+                store.submit([event(B, 3, durability="os")], calls.append),
+            ]
+            [hurry] = calls
+            hurry()  # somebody writes: it must not wait
+            assert not any(future.done() for future in futures)
+        assert [future.result(LIMIT_S)[0].error for future in futures] == [None, None]
+        assert modes == ["FULL", "NORMAL", "FULL"]
+        hurry()
+        assert lsns(store, A) == [1, 2, 3, 4]
+
+
+def test_the_log_is_brought_into_the_database_by_another_thread(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optserve.store.sqlite.CHECKPOINT_FRAMES", 10)
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="os")
+        database, threads = internals(store)._database, list[str]()
+        catch_up = database.catch_up
+
+        def watched() -> None:
+            threads.append(threading.current_thread().name)
+            catch_up()
+
+        monkeypatch.setattr(database, "catch_up", watched)
+        for lsn in range(3, 30):
+            future = store.submit([event(A, lsn, durability="os")], lambda hurry: hurry())
+            assert future.result(LIMIT_S)[0].error is None
+        wait_until(lambda: len(threads) > 0 and not database.behind)
+        assert set(threads) == {"store-commit"}
+
+
+def test_a_thread_that_waited_for_the_disk_leaves_that_to_others(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optserve.store.commits.HURRIED_S", -1.0)
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="os")
+        calls: list[Callable[[], object]] = []
+        for lsn in range(3, 6):
+            future = store.submit([event(A, lsn, durability="os")], calls.append)
+            for call in calls[lsn - 3 :]:
+                call()
+            assert future.result(LIMIT_S)[0].error is None
+        assert len(calls) == 1
+
+
+def test_a_thread_that_has_ended_is_not_waited_for(sqlite: Backend) -> None:
+    def closed(_: Callable[[], object]) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="os")
+        for lsn in (3, 4):
+            future = store.submit([event(A, lsn, durability="os")], closed)
+            assert future.result(LIMIT_S)[0].error is None
+
+
 def test_a_call_waits_for_the_one_before_it_of_its_session(backend: Backend) -> None:
     with closing(backend.open()) as store:
         filled(store, A, 1)

@@ -107,7 +107,5 @@ def test_amsgrad_that_begins_too_late_is_refused_as_torch_does() -> None:
         (partial(torch.optim.SGD, fused=True), False),
     ],
 )
-def test_only_fused_adams_are_taken(
-    made: Callable[..., torch.optim.Optimizer], fits: bool
-) -> None:
+def test_only_fused_adams_are_taken(made: Callable[..., torch.optim.Optimizer], fits: bool) -> None:
     assert FusedAdam.fits(made([torch.nn.Parameter(torch.zeros(3))])) is fits

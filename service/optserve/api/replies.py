@@ -148,7 +148,7 @@ class PartsResponse(Response):
 def tensor_frame(
     params: Published | None, dtype: str | None, fields: Mapping[str, Any]
 ) -> list[Part | bytes]:
-    """Return a safetensors frame: ``param/<name>`` and all ``fields``, strict JSON, as one string."""
+    """Return a safetensors frame: ``param/<name>`` and all ``fields`` as one strict JSON string."""
     metadata = {META_KEY: dump(fields).decode()}
     if params is None:
         return [wire.encode_header((), metadata)]

@@ -187,7 +187,7 @@ class Session:
         """
         self.used_at = time.monotonic()
         if back is not None and self._held.quick:
-            done = self._turn.run_here(lambda: self._step(step, identity, here=True), back)
+            done = self._turn.run_here(lambda: self._step(step, identity, back), back)
             if done is not None:
                 return done
         begun = False
@@ -209,7 +209,7 @@ class Session:
         future.add_done_callback(ended)
         return future
 
-    def _step(self, step: Step, identity: Identity, *, here: bool = False) -> Waiting[Reply]:
+    def _step(self, step: Step, identity: Identity, back: Back | None = None) -> Waiting[Reply]:
         fields = step.fields
         held, payload = True, step.payload
         try:
@@ -230,7 +230,7 @@ class Session:
                 step.buffer.release()
                 if change.payload is not None:
                     payload = None  # the commit's from here on
-                scalars = yield from self._commit(state, change, identity, seconds, here=here)
+                scalars = yield from self._commit(state, change, identity, seconds, back=back)
             self._held.snapshots.write_if_due(state)
             return self._step_reply(state, step, scalars, before)
         finally:
@@ -360,11 +360,11 @@ class Session:
         seconds: float,
         durability: Durability | None = None,
         *,
-        here: bool = False,
+        back: Back | None = None,
     ) -> Waiting[dict[str, Any]]:
         """Append the event of an applied change, count it in, and return the reply's scalars.
 
-        ``here``: on a thread that must not wait for a disk.
+        ``back`` leads to this thread, which must not wait for a disk.
         """
         made = state.version + 1 if change.moves else None
         if change.kind != "step" or state.updates == 0:
@@ -372,10 +372,10 @@ class Session:
         reply = {"applied_version": made, **change.reply}
         owner_epoch, news = self._held.own(), self._held.news(state)
         event = event_of(self.key, state, change, identity, reply, owner_epoch, news, durability)
-        if self._executor.spare and not here:
+        if self._executor.spare and back is None:
             [outcome] = self._store.append([event])
         else:  # the thread is better used for somebody else's numbers
-            [outcome] = yield self._store.submit([event])
+            [outcome] = yield self._store.submit([event], back)
         if outcome.error is not None:
             # After Unavailable the event may be committed all the same, and name its payload.
             if event.payload is not None and not isinstance(outcome.error, Unavailable):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from optserve_client.errors import (
     Internal,
@@ -37,6 +37,8 @@ DURABILITIES: tuple[Durability, ...] = ("always", "os", "memory")
 _STRICT = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 
 BytesLike = bytes | bytearray | memoryview
+#: Has a function called on the thread of the caller, a little later.
+Soon: TypeAlias = Callable[[Callable[[], object]], object]
 
 
 class Key(NamedTuple):
@@ -217,8 +219,10 @@ class Store(Protocol):
         snapshot of
         this durability."""
 
-    def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+    def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
         """Commit each event on its own, in order; the future has one outcome per event.
+
+        It may be done where ``soon`` leads, if it waits for no disk.
 
         The future ends when every accepted event survives what its durability promises (``memory``:
         its ``create`` and the latest snapshot do), and every call that begins afterwards sees

@@ -1,30 +1,33 @@
 """Group commit: whoever writes takes along what queued meanwhile.
 
-A caller that waits writes itself if nobody does, which saves two changes of thread; a thread of its
+A caller that waits writes itself if nobody does, which saves two changes of thread; so does an
+event loop, once for all that came in one round of it, as long as no sync is needed. A thread of its
 own writes for those that do not wait, and for those that came while somebody else wrote.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+from contextlib import contextmanager
 
-from optserve.store.base import Event, Key, Outcome
+from optserve.store.base import Event, Key, Outcome, Soon
 from optserve.store.database import Connection, Database
 from optserve.store.frozen import Frozen
 from optserve.store.jobs import Item, Job, database_has
 from optserve.store.placing import Placed, Placing
+from optserve.store.rounds import Rounds
 from optserve.store.tail import Tails
 from optserve.store.writing import After, Writing
-from optserve_client.errors import Internal, OptserveError, OutOfSpace, Unavailable
+from optserve_client.errors import OptserveError, Unavailable
 
-#: How an event is committed: without a sync; with one; it is the first that only this process has,
-#: which the database is told with a sync; in this process alone.
-How = Literal["os", "synced", "mark", "tail"]
+#: Where a thread that must not wait for a disk waited for longer than this, it leaves its commits
+#: to another for a while.
+HURRIED_S = 0.02
+NO_HURRY_S = 1.0
 
 
 class Commits:
@@ -36,16 +39,18 @@ class Commits:
         self._database = database
         self._placing = placing
         self._tails = tails
-        self._writing = writing
         self._changed = threading.Condition()
         self._queue: list[Job] = []
         #: How many queued or running calls a session has.
         self._busy: Counter[Key] = Counter()
         #: Who holds it writes.
         self._writer = threading.Lock()
-        #: Sessions with a tail that a commit with an open outcome may have changed.
-        self._unsure: set[Key] = set()
+        self._rounds = Rounds(database, placing, tails, writing)
         self._settlers = ThreadPoolExecutor(2, thread_name_prefix="store-settle")
+        #: :meth:`_hurry` will be called.
+        self._asked = False
+        #: On the monotonic clock.
+        self._no_hurry_before = 0.0
         self._closing = False
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="store-commit", daemon=True)
@@ -53,12 +58,14 @@ class Commits:
 
     # --- the calls ---
 
-    def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+    def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
         if (outcomes := self._in_tails_alone(events)) is not None:
             ended: Future[list[Outcome]] = Future()
             ended.set_result(outcomes)
             return ended
         job = self._enqueue(events)
+        if soon is not None and self._may_hurry(job) and self._asks(soon):
+            return job.future
         for pending in job.pending():
             pending.add_done_callback(lambda _: self._wake())
         self._wake()
@@ -77,6 +84,37 @@ class Commits:
                 self._release()
         return job.future.result()
 
+    def _may_hurry(self, job: Job) -> bool:
+        return (
+            self._database.at_hand
+            and all(item.durability == "os" and not item.pending for item in job.items)
+            and time.monotonic() >= self._no_hurry_before
+        )
+
+    def _asks(self, soon: Soon) -> bool:
+        if not self._asked:
+            self._asked = True
+            try:
+                soon(self._hurry)
+            except RuntimeError:  # that thread has ended
+                self._asked = False
+        return self._asked
+
+    def _hurry(self) -> None:
+        """Write what needs no sync on this thread, which must not wait for a disk."""
+        self._asked = False
+        if not self._writer.acquire(blocking=False):
+            return  # who writes sees to the rest
+        began = time.monotonic()
+        try:
+            self._rounds.hurried = True
+            self._drain()
+        finally:
+            self._rounds.hurried = False
+            self._release()
+        if time.monotonic() - began > HURRIED_S:
+            self._no_hurry_before = began + NO_HURRY_S
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Write something else in the block."""
@@ -94,18 +132,18 @@ class Commits:
     def change(self, key: Key) -> Iterator[tuple[Connection, After]]:
         """Commit what the block does to one session, with a sync."""
         after = After()
-        with self.alone(), self._with_tail([key]):
-            if key in self._unsure:
-                self._reconcile(key)
+        with self.alone(), self._rounds.with_tail([key]):
+            if key in self._rounds.unsure:
+                self._rounds.reconcile(key)
             try:
                 with self._database.transaction() as tx:
                     yield tx, after
             except Unavailable:
-                self._open_outcome([key])
+                self._rounds.open_outcome([key])
                 raise
-            self._follow_up(after)
+            self._rounds.follow_up(after)
         # Unlinking what is large takes time, and nobody needs to wait for it.
-        self._remove(after)
+        self._rounds.remove(after)
 
     def close(self) -> None:
         """Finish what was submitted; take nothing more."""
@@ -142,10 +180,10 @@ class Commits:
             self._check_open()
             for event in events:
                 key = event.key
-                if self._busy[key] or key in self._unsure or self._tails.get(key) is None:
+                if self._busy[key] or key in self._rounds.unsure or self._tails.get(key) is None:
                     return None
             return [
-                Outcome(key=event.key, lsn=event.lsn, error=self._to_tail(event.key, row))
+                Outcome(key=event.key, lsn=event.lsn, error=self._rounds.to_tail(event.key, row))
                 for event, row in zip(events, frozen, strict=True)
             ]
 
@@ -174,7 +212,7 @@ class Commits:
         with self._changed:
             taken, left, blocked = [], [], set[Key]()
             for job in self._queue:
-                if job.pending() or not blocked.isdisjoint(job.keys):
+                if job.pending() or not blocked.isdisjoint(job.keys) or self._rounds.puts_off(job):
                     blocked |= job.keys
                     left.append(job)
                 else:
@@ -189,13 +227,13 @@ class Commits:
     def _release(self) -> None:
         self._writer.release()
         # Who found the writer busy since has left its work to the thread.
-        if self._queue:
+        if self._queue or self._database.behind:
             self._wake()
 
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while not (self._closing or any(not job.pending() for job in self._queue)):
+                while not (self._closing or self._database.behind or self._ready()):
                     self._changed.wait()
                 if self._closing:
                     running = [p for job in self._queue for p in job.pending()]
@@ -205,188 +243,23 @@ class Commits:
                 wait(running)
             with self._writer:
                 self._drain()
+                if self._database.behind:
+                    self._database.catch_up()
+
+    def _ready(self) -> bool:
+        return any(not job.pending() for job in self._queue)
 
     # --- writing ---
 
     def _drain(self) -> None:
         jobs = self._take()
-        todo = [item for job in jobs for item in job.items]
         try:
-            for item in todo:
-                self._know(item)
-            while todo:
-                todo = self._round(todo)
-        except BaseException as exc:
-            # A defect of ours must not leave anybody waiting.
-            for job in jobs:
-                for item in job.items:
-                    if not item.done:
-                        item.error = Internal(f"the store failed: {exc!r}")
-                        item.finish()
-            if not isinstance(exc, Exception):
-                raise
+            self._rounds.write(jobs)
         finally:
             with self._changed:
                 for job in jobs:
                     self._busy.subtract(job.keys)
                 self._busy = +self._busy
-
-    def _know(self, item: Item) -> None:
-        """Find out what an open outcome has left of a tail, before it is written to."""
-        if item.event.key in self._unsure:
-            try:
-                with self._tails.lock:
-                    self._reconcile(item.event.key)
-            except OptserveError as exc:
-                item.error = exc
-
-    def _open_outcome(self, keys: Sequence[Key]) -> None:
-        """A commit may have happened or not: believe neither."""
-        self._unsure.update(key for key in keys if self._tails.get(key) is not None)
-        self._writing.dirty.difference_update(keys)  # the next os event says it again, synced
-
-    def _reconcile(self, key: Key) -> None:
-        with self._database.transaction() as tx:
-            self._writing.reconcile(tx, key)
-        self._unsure.discard(key)
-
-    def _round(self, items: list[Item]) -> list[Item]:
-        """Write ``items`` in up to three groups; return those that must wait for the next round.
-
-        Those that need no sync go first, so that they do not wait for one.
-        """
-        groups: dict[str, list[Item]] = {"os": [], "synced": [], "tail": []}
-        order = list(groups)
-        reached: dict[Key, str] = {}
-        marked: set[Key] = set()
-        later: list[Item] = []
-        for item in items:
-            key = item.event.key
-            before = reached.get(key, "os")
-            how = self._how(item, key in marked)
-            group = "synced" if how == "mark" or (how == "os" and before == "synced") else how
-            if before == "later" or order.index(group) < order.index(before):
-                reached[key] = "later"
-                later.append(item)
-                continue
-            if how == "mark":
-                marked.add(key)
-            reached[key] = group
-            groups[group].append(item)
-        self._commit(groups["os"], sync=False)
-        self._commit(groups["synced"], sync=True)
-        return self._append_to_tails(groups["tail"]) + later
-
-    def _how(self, item: Item, marked: bool) -> How:
-        key = item.event.key
-        if not item.database_has:
-            return "tail" if marked or self._tails.get(key) else "mark"
-        if item.durability == "os" and key in self._writing.dirty and item.event.kind != "rewind":
-            return "os"
-        return "synced"
-
-    def _append_to_tails(self, items: list[Item]) -> list[Item]:
-        """Append to the tails; return those whose session has none after all."""
-        later = []
-        with self._tails.lock:
-            for item in items:
-                if item.error is None and self._tails.get(item.event.key) is None:
-                    later.append(item)
-                else:
-                    item.error = item.error or self._to_tail(item.event.key, item.row)
-        for item in items:
-            if item not in later:
-                item.finish()  # without the lock: it may call others
-        return later
-
-    def _to_tail(self, key: Key, row: Frozen | OptserveError | None) -> OptserveError | None:
-        tail = self._tails.get(key)
-        assert tail is not None
-        assert row is not None
-        return row if isinstance(row, OptserveError) else tail.append(row)
-
-    @contextmanager
-    def _with_tail(self, keys: Sequence[Key]) -> Iterator[None]:
-        """Let nobody see a tail without the database that belongs to it."""
-        with self._tails.lock if any(map(self._tails.get, keys)) else nullcontext():
-            yield
-
-    def _commit(self, items: list[Item], *, sync: bool) -> None:
-        """Commit ``items`` in one transaction; one that is refused takes no other down."""
-        todo = [item for item in items if self._settled(item)]
-        if todo:
-            with self._with_tail([item.event.key for item in todo]):
-                self._transact(todo, sync)
-        for item in items:
-            item.finish()
-
-    def _settled(self, item: Item) -> bool:
-        if item.error is None and item.pending is not None:
-            error = item.pending.exception()
-            if error is not None:
-                item.error = error if isinstance(error, OptserveError) else Internal(repr(error))
-        return item.error is None
-
-    def _transact(self, items: list[Item], sync: bool) -> None:
-        try:
-            with self._database.transaction(sync) as tx:
-                for item in items:
-                    self._one(tx, item, guarded=len(items) > 1)
-        except Unavailable as exc:
-            self._all_failed(items, exc)
-            self._open_outcome([item.event.key for item in items])
-        except OptserveError as exc:
-            # Nothing is committed. What was too much together may do alone.
-            if len(items) == 1:
-                self._all_failed(items, exc)
-            for item in items if len(items) > 1 else ():
-                item.error, item.after = None, After()
-                self._transact([item], sync)
-        else:
-            for item in items:
-                if item.error is None:
-                    self._follow_up(item.after)
-                    self._remove(item.after)
-
-    def _all_failed(self, items: list[Item], exc: OptserveError) -> None:
-        if isinstance(exc, OutOfSpace) and self._placing.files is not None:
-            self._placing.files.make_room()
-        for item in items:
-            item.error = item.error or exc
-
-    def _one(self, tx: Connection, item: Item, guarded: bool) -> None:
-        """Write one event; with others in the transaction, behind a savepoint."""
-        if not guarded:
-            item.error = self._write(tx, item)
-            return
-        tx.driver.execute("SAVEPOINT one_event")
-        try:
-            item.error = self._write(tx, item)
-        except OptserveError as exc:
-            item.error = exc
-        except Exception as exc:
-            if (fault := self._database.fault(exc)) != "value":
-                raise
-            item.error = self._database.translated(exc, fault)
-        if item.error is not None:
-            tx.driver.execute("ROLLBACK TO SAVEPOINT one_event")
-        tx.driver.execute("RELEASE SAVEPOINT one_event")
-
-    def _write(self, tx: Connection, item: Item) -> OptserveError | None:
-        assert item.row is not None
-        if item.database_has:
-            return self._writing.append(tx, item.row, item.placed, item.durability, item.after)
-        return self._writing.mark(tx, item.row, item.durability, item.after)
-
-    def _follow_up(self, after: After) -> None:
-        for call in after.calls:
-            call()
-        if after.untidy:
-            self._database.tidy()
-
-    def _remove(self, after: After) -> None:
-        if self._placing.files is not None and after.files:
-            self._placing.files.remove(after.files)
 
 
 def _frozen(event: Event) -> Frozen | OptserveError:

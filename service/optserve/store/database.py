@@ -90,8 +90,18 @@ class Database(ABC):
     def integrity(self) -> Iterator[str]:
         """Yield a sentence for each fault that the database finds in itself."""
 
-    def committed(self) -> None:  # noqa: B027 - nothing is due in most databases
-        """Do what is due after a commit; does not raise."""
+    #: Whether a commit without a sync takes no longer than a few system calls, as a rule.
+    at_hand = False
+    #: Whether :meth:`catch_up` is due.
+    behind = False
+
+    def due(self) -> bool:
+        """Find out, right after a commit, whether :meth:`catch_up` is due."""
+        return False
+
+    def catch_up(self) -> None:
+        """Do what is due now and then, and waits for the disk; does not raise."""
+        self.behind = False
 
     # --- writing ---
 
@@ -119,8 +129,8 @@ class Database(ABC):
             raise
 
     @contextmanager
-    def transaction(self, sync: bool = True) -> Iterator[Connection]:
-        """Commit what the block does, or nothing of it.
+    def transaction(self, sync: bool = True, hurried: bool = False) -> Iterator[Connection]:
+        """Commit what the block does, or nothing of it; ``hurried``: do nothing else meanwhile.
 
         Raises OutOfSpace, Damaged and Internal, after which nothing is committed, and Unavailable,
         after which it may be. Only then the connection is opened anew.
@@ -130,7 +140,9 @@ class Database(ABC):
             self.begin(writer, sync)
             yield writer
             writer.driver.execute("COMMIT")
-            self.committed()
+            self.behind = self.due()
+            if self.behind and not hurried:
+                self.catch_up()
         except (self.error, OverflowError, UnicodeError) as exc:
             fault = self.fault(exc)
             if fault == "broken":

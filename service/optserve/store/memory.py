@@ -22,6 +22,7 @@ from optserve.store.base import (
     PayloadWriter,
     SessionRow,
     SnapshotRow,
+    Soon,
     SpentKey,
     refusal,
 )
@@ -87,7 +88,7 @@ class MemoryStore:
     ) -> PayloadWriter:
         return self._spool.writer(size_hint)
 
-    def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+    def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
         future: Future[list[Outcome]] = Future()
         future.set_result(self.append(events))
         return future

@@ -23,6 +23,7 @@ from optserve.store.base import (
     PayloadWriter,
     SessionRow,
     SnapshotRow,
+    Soon,
     SpentKey,
 )
 from optserve.store.commits import Commits
@@ -148,9 +149,9 @@ class SqlStore:
         self._check_open()
         return self._placing.writer(size_hint, durability)
 
-    def submit(self, events: Sequence[Event]) -> Future[list[Outcome]]:
+    def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
         self._check_open()
-        return self._commits.submit(events)
+        return self._commits.submit(events, soon)
 
     def append(self, events: Sequence[Event]) -> list[Outcome]:
         self._check_open()

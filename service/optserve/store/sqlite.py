@@ -40,6 +40,7 @@ class Sqlite(Database):
     name = "sqlite"
     read_mode = ""
     error = sqlite3.Error
+    at_hand = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,19 +118,25 @@ class Sqlite(Database):
         except OSError as exc:
             raise Unavailable(f"{self.where} failed: {exc.strerror}") from exc
 
-    def committed(self) -> None:
-        """Bring the log into the database when it has grown.
+    def due(self) -> bool:
+        """Say whether the log has grown."""
+        frames = self._log_frames()
+        if frames < self._copied_frames:  # a new log was begun
+            self._copied_frames = 0
+        return frames >= self._copied_frames + CHECKPOINT_FRAMES
+
+    def catch_up(self) -> None:
+        """Bring the log into the database.
 
         SQLite would do so by itself, and keep to itself that a sync failed: the next one would
         succeed, behind a hole.
         """
-        frames = self._log_frames()
-        if frames < self._copied_frames:  # a new log was begun
-            self._copied_frames = 0
-        if frames < self._copied_frames + CHECKPOINT_FRAMES:
+        super().catch_up()
+        if self._writer is None:  # who opens it anew copies everything
             return
+        frames = self._log_frames()
         try:
-            self.writer.driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self._writer.driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             self._copied_frames = frames
         except sqlite3.Error:
             # What was committed is in the log, as safe as it should be. No later sync of this log
