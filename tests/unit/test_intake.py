@@ -47,6 +47,7 @@ class FakeBuffer:
         self.layout = pool.layout
         self.pool = pool
         self.raw = np.full(self.layout.nbytes, 0xAA, np.uint8)
+        self.narrowed: dict[str, tuple[str, memoryview]] = {}
 
     def view(self, name: str) -> memoryview:
         slot = self.layout.by_name[name]
@@ -55,14 +56,17 @@ class FakeBuffer:
     def array(self, name: str) -> wire.Tensor:
         return wire.from_bytes(self.layout.dtype, self.layout.by_name[name].shape, self.view(name))
 
-    def end(self, name: str, nbytes: int) -> memoryview:
+    def narrow(self, name: str, tag: str) -> memoryview:
         view = self.view(name)
-        return view[len(view) - nbytes :]
+        place = view[len(view) - wire.nbytes(tag, self.layout.by_name[name].shape) :]
+        self.narrowed[name] = tag, place
+        return place
 
-    def widen(self, name: str, tag: str) -> None:
-        shape = self.layout.by_name[name].shape
-        narrow = wire.from_bytes(tag, shape, bytes(self.end(name, wire.nbytes(tag, shape))))
-        self.view(name)[:] = wire.as_bytes(wire.widen(narrow, self.layout.dtype, name))
+    def widen(self) -> None:
+        for name, (tag, place) in self.narrowed.items():
+            narrow = wire.from_bytes(tag, self.layout.by_name[name].shape, bytes(place))
+            self.view(name)[:] = wire.as_bytes(wire.widen(narrow, self.layout.dtype, name))
+        self.narrowed.clear()
 
     def release(self) -> None:
         self.pool.leased -= 1
@@ -280,6 +284,7 @@ def test_a_narrower_dtype_is_widened_exactly(spool: CountingSpool, session: str,
     }
     step = take(pool, spool, frame(named))
     want = wire.narrow(wire.narrow(values, sent), session)
+    step.buffer.widen()
     assert step.params is not None
     for got in (step.buffer.array("w"), step.params["w"]):
         assert wire.dtype_of(got) == session

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from optserve.optim import rounding
+from optserve.optim.layout import Layout
 from optserve.sessions.lending import PIECE_BYTES, Loan, Rounded
+from optserve.sessions.published import Published
 
 N = 3 * PIECE_BYTES + 1000
 
@@ -106,3 +109,35 @@ def test_a_rounded_loan_is_what_torch_makes_of_it(want: str) -> None:
     while at < rounded.nbytes:
         at += rounded.use(at, keep_some)
     assert b"".join(pieces) == bytes(made.view(torch.uint8).numpy())
+
+
+def published(memory: Any) -> Published:
+    layout = Layout.pack("F32", [("w", (memory.nbytes // 4 - 1,)), ("b", ())])
+    return Published(
+        generation="g", version=1, weights="live", layout=layout, loan=Loan(memory.view(np.uint8))
+    )
+
+
+@pytest.mark.parametrize(("tag", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16)])
+@pytest.mark.parametrize("settled", [False, True])
+def test_much_is_rounded_in_one_go_and_stays_as_it_was(
+    tag: str, dtype: torch.dtype, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "_COPIED", 100_003)
+    values = torch.randn(PIECE_BYTES, generator=torch.Generator().manual_seed(1))
+    values[:3] = torch.tensor([1e30, torch.nan, 1e-42])
+    whole = published(values.numpy())
+    if settled:
+        whole.loan.settle()
+    narrow = whole.narrowed(tag)
+    made = values.to(dtype)
+    values.zero_()  # the next update
+    assert [slot.shape for slot in narrow.layout.slots] == [(PIECE_BYTES - 1,), ()]
+    assert read(narrow.part(tag)) == bytes(made.view(torch.uint8).numpy())
+
+
+def test_what_is_small_or_grows_is_left_to_the_reader() -> None:
+    small, large = published(np.zeros(1000, "<f4")), published(np.zeros(PIECE_BYTES, "<f4"))
+    assert small.narrowed("BF16") is small
+    assert large.narrowed("F32") is large
+    assert large.narrowed("F64") is large

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
+from optserve.optim import rounding
 from optserve.optim.layout import Layout
 from optserve_client import wire
 from optserve_client.errors import Unavailable
@@ -125,6 +126,8 @@ class GradientBuffer:
         self.layout = layout
         self.arena = Arena(layout)
         self._raw = self.arena.bytes.data
+        #: Gradients that are still to be widened: name, wire dtype, and where they lie.
+        self._narrow: list[tuple[str, str, memoryview]] = []
         self._give_back = give_back
 
     def view(self, name: str) -> memoryview:
@@ -137,31 +140,26 @@ class GradientBuffer:
         slot = self.layout.by_name[name]
         return wire.from_bytes(self.layout.dtype, slot.shape, self.view(name))
 
-    def end(self, name: str, nbytes: int) -> memoryview:
-        """Return the last ``nbytes`` of one gradient: where it lies in a narrower dtype until
-        :meth:`widen`."""
-        view = self.view(name)
-        return view[len(view) - nbytes :]
+    def narrow(self, name: str, tag: str) -> memoryview:
+        """Return where one gradient goes in the narrower wire dtype ``tag``: to the end of its
+        place, until :meth:`widen`."""
+        slot = self.layout.by_name[name]
+        place = self._raw[slot.end - slot.numel * wire.itemsize(tag) : slot.end]
+        self._narrow.append((name, tag, place))
+        return place
 
-    def widen(self, name: str, tag: str) -> None:
-        """Convert a gradient that lies at the end of its place in the wire dtype ``tag``."""
-        wide = self.arena.views[name].view(-1)
-        size = wide.numel() * wire.itemsize(tag)
-        if not size:
-            return
-        raw = torch.frombuffer(self.end(name, size), dtype=torch.uint8)
-        narrow = raw.view(next(dtype for dtype, known in WIRE_TAGS.items() if known == tag))
-        # From the front: what is written stays behind what is still to be read.
-        for at in range(0, wide.numel(), WIDENED):
-            wide[at : at + WIDENED] = narrow[at : at + WIDENED].clone()
+    def widen(self) -> None:
+        """Convert what came in a narrower dtype, where it lies. For a thread that computes, once
+        all of it is there and nobody needs its bytes any more."""
+        for name, tag, place in self._narrow:
+            rounding.widen(self.arena.views[name], place, tag)
+        self._narrow.clear()
 
     def release(self) -> None:
         """Give the buffer back; its content is lost."""
+        self._narrow.clear()
         self._give_back(self)
 
-
-#: Elements that are converted together.
-WIDENED = 2**18
 
 #: Gradients of one session that may be under way at a time, in bytes; two always may.
 LEASED_BYTES = 2 * 2**30

@@ -308,6 +308,7 @@ class Engine:
 
     def _attach(self, gradients: Gradients) -> dict[str, torch.Tensor]:
         """Return the gradients as torch tensors in params order: views of the buffer, or COO."""
+        gradients.buffer.widen()
         device, views = self.recipe.device, gradients.buffer.arena.views
         grads: dict[str, torch.Tensor] = {}
         for name in self.layout.names:

@@ -39,7 +39,7 @@ class StepIntake:
 
     Tensors: ``grad/<name>``; ``sparse/<name>/indices`` (int64 ``[n, nnz]``) and
     ``sparse/<name>/values``; ``param/<name>`` for those params that replace the session's. A
-    gradient of the session's dtype goes into place as it arrives, a narrower one in :meth:`finish`.
+    gradient goes into place as it arrives; a narrower one waits there until the update wants it.
     """
 
     def __init__(
@@ -65,8 +65,6 @@ class StepIntake:
         self._head_bytes = _PREFIX_BYTES
         self._received = 0
         self._none: frozenset[str] = frozenset()
-        #: Gradients that arrive in a dtype which is not the session's, by parameter.
-        self._narrow: dict[str, str] = {}
         #: Tensors that do not arrive in the buffer, by their name in the frame.
         self._staged: dict[str, wire.Tensor] = {}
         #: Where the bytes go, in the order of the frame; empty tensors are left out.
@@ -148,9 +146,8 @@ class StepIntake:
         for info in header.tensors:
             kind, _, name = info.name.partition("/")
             if kind == "grad":
-                target = buffer.end(name, info.end - info.begin)
-                if info.dtype != self._expected.layout.dtype:
-                    self._narrow[name] = info.dtype
+                same = info.dtype == self._expected.layout.dtype
+                target = buffer.view(name) if same else buffer.narrow(name, info.dtype)
             else:
                 raw = np.empty(info.end - info.begin, np.uint8)
                 self._staged[info.name] = wire.from_bytes(info.dtype, info.shape, raw.data)
@@ -238,12 +235,13 @@ class StepIntake:
     @property
     def prompt(self) -> bool:
         """Whether :meth:`finish` has nothing to do that takes long."""
-        return not (self._narrow or self._staged or isinstance(self._journal, JournalingBehind))
+        return not (self._staged or isinstance(self._journal, JournalingBehind))
 
     def finish(self) -> Step:
         """Return the step; it owns the buffer and the payload from now on.
 
-        Widens and checks indices, so it may take a while for large tensors: any thread may call it.
+        Waits for the journal, widens params and checks indices, so it may take a while for large
+        tensors: any thread may call it.
         Raises Malformed if the body is not complete, Invalid for an index out of bounds.
         """
         if self._closed:
@@ -266,8 +264,6 @@ class StepIntake:
         dtype, slots = self._expected.layout.dtype, self._expected.layout.by_name
         params: dict[str, wire.Tensor] = {}
         sparse: dict[str, Sparse] = {}
-        for name, tag in self._narrow.items():
-            self._buffer.widen(name, tag)
         for full_name, tensor in self._staged.items():
             kind, _, name = full_name.partition("/")
             if kind == "param":

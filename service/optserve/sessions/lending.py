@@ -51,6 +51,15 @@ class Loan:
             assert source is not None
             return fn(source[at:end].data)
 
+    def converted(self, have: str, want: str) -> Bytes:
+        """Return a copy in another wire dtype, made in one go: nobody may change the live memory
+        meanwhile."""
+        source = self._live  # which a reader may settle just now
+        if source is None:
+            source = self._copy
+        assert source is not None
+        return rounding.converted(source.data, have, want)
+
     def settle(self) -> Bytes:
         """Return a read-only copy; from now on the live memory may change."""
         with self._settling:

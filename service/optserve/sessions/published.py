@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 
 from optserve.optim.layout import Layout
-from optserve.sessions.lending import Loan, Rounded
+from optserve.sessions.lending import PIECE_BYTES, Loan, Rounded
 from optserve_client import wire
 from optserve_client.errors import Invalid
 
@@ -38,6 +38,15 @@ class Published:
         if dtype == self.layout.dtype:
             return self.loan
         return Rounded(self.loan, self.layout.dtype, dtype)
+
+    def narrowed(self, dtype: str) -> Published:
+        """Return the same in ``dtype`` if that is narrower and there is much to convert, in a copy;
+        else leave that to :meth:`part`. In the session's turn only."""
+        have = self.layout.dtype
+        if wire.itemsize(dtype) >= wire.itemsize(have) or self.loan.nbytes <= PIECE_BYTES:
+            return self
+        layout = Layout.pack(dtype, ((slot.name, slot.shape) for slot in self.layout.slots))
+        return replace(self, layout=layout, loan=Loan.of_copy(self.loan.converted(have, dtype)))
 
     def arrays(self) -> dict[str, wire.Tensor]:
         """Return the tensors by name: views of ``data``."""

@@ -10,6 +10,7 @@ from optserve.sessions.published import Published
 from optserve.sessions.state import SessionState
 from optserve.sessions.step import Step
 from optserve.sessions.weights import subtract
+from optserve_client import wire
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,8 @@ def step_reply(
     params, returned = current(), "params"
     if before is not None and scalars["applied_version"] is not None:
         params, returned = subtract(params, before), "delta"
+    if (dtype := step.fields.return_dtype) is not None:
+        params = params.narrowed(wire.dtype_tag(dtype))
     if wanted != returned:
         scalars = {**scalars, "returned": returned}
     return Reply(
@@ -59,5 +62,5 @@ def step_reply(
         params=params,
         returned=returned,
         encoding=step.fields.return_encoding,
-        dtype=step.fields.return_dtype,
+        dtype=dtype,
     )
