@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
-
 from optserve_client import errors
+from optserve_client._memory import Take
 from optserve_client._messages import Answer, Request
 
 #: Of an answer's status line and headers.
@@ -76,10 +75,11 @@ def check_headers(headers: Mapping[str, str]) -> None:
 class Incoming:
     """An answer that arrives: read into :meth:`buffer`, then say how much to :meth:`received`."""
 
-    def __init__(self, method: str, room: memoryview) -> None:
-        """``room``: HEAD_LIMIT bytes, used again for the next answer."""
+    def __init__(self, method: str, room: memoryview, take: Take) -> None:
+        """``room``: HEAD_LIMIT bytes, used again for the next answer; ``take``: for its body."""
         self._method = method
         self._room = room
+        self._take = take
         self._filled = 0
         self._body: _Sized | _Chunked | _Rest | None = None
         self._headers: Mapping[str, str] = {}
@@ -162,7 +162,7 @@ class Incoming:
         if head.chunked:
             self._body = _Chunked()
         elif head.length is not None:
-            self._body = _Sized(head.length)
+            self._body = _Sized(self._take(head.length))
         else:
             self._body = _Rest()
 
@@ -216,10 +216,10 @@ def parse_head(raw: bytes) -> Head:
 
 
 class _Sized:
-    """A body whose length is known, in one array: tensors in it are views of that."""
+    """A body whose length is known, in one block: tensors in it are views of that."""
 
-    def __init__(self, length: int) -> None:
-        self._whole = np.empty(length, np.uint8).data
+    def __init__(self, whole: memoryview) -> None:
+        self._whole = whole
         self.at = 0
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import struct
 from array import array
 from collections.abc import Sequence
 from itertools import chain
@@ -36,7 +37,7 @@ _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
 def tensor_from_json(
     value: Any, name: str, dtype: str | None = None, shape: tuple[int, ...] | None = None
 ) -> Tensor:
-    """Read a tensor from parsed JSON.
+    """Read a tensor from parsed JSON, in which a float64 array may stand for nested lists.
 
     A number or nested lists become ``dtype`` (a wire tag; float32 by default), where ``"NaN"``,
     ``"Infinity"`` and ``"-Infinity"`` stand for themselves. ``{"dtype", "shape", "data"}`` with
@@ -106,8 +107,10 @@ def _from_base64(value: dict[str, Any], name: str) -> Tensor:
         raise Invalid(f"{name}: {exc.detail}") from exc
 
 
-def _flatten(value: Any, name: str) -> tuple[list[Any], tuple[int, ...]]:
+def _flatten(value: Any, name: str) -> tuple[list[Any] | Array, tuple[int, ...]]:
     """Return the numbers of nested lists and their shape; whole levels at C speed."""
+    if isinstance(value, np.ndarray):
+        return value.reshape(-1), value.shape
     flat: list[Any] = [value]
     dims: list[int] = []
     # A list among numbers is found when they are converted.
@@ -126,12 +129,12 @@ def _ragged(name: str, depth: int) -> Invalid:
     return Invalid(f"{name} is ragged: at depth {depth} not all are lists of one length")
 
 
-def _from_numbers(flat: list[Any], dims: Sequence[int], name: str, dtype: str) -> Tensor:
+def _from_numbers(flat: list[Any] | Array, dims: Sequence[int], name: str, dtype: str) -> Tensor:
     if dtype in _INTEGERS:
         return _integers(flat, dims, name, dtype)
     if dtype not in {"F64", "F32", "F16", "BF16"}:
         raise Invalid(f"{name}: {dtype_name(dtype)} cannot be given as lists, only as base64")
-    wide = _float64(flat, dims, name)
+    wide = flat if isinstance(flat, np.ndarray) else _float64(flat, dims, name)
     if dtype == "F64":
         return wide.reshape(dims)
     with np.errstate(over="ignore"):
@@ -149,14 +152,12 @@ def _from_numbers(flat: list[Any], dims: Sequence[int], name: str, dtype: str) -
 
 
 def _float64(flat: list[Any], dims: Sequence[int], name: str) -> Array:
+    wide = np.empty(len(flat))
     try:
-        # Takes numbers only, and sooner than numpy does.
-        wide = np.frombuffer(array("d", flat), np.float64)
-    except OverflowError as exc:
-        raise Invalid(f"{name} holds an integer too large for float64") from exc
-    except TypeError:
-        _check_depth(flat, dims, name)
-        return _float64([_number(v, i, dims, name) for i, v in enumerate(flat)], dims, name)
+        # Takes numbers only, and in a third of numpy's time.
+        struct.pack_into(f"{len(flat)}d", wide.data, 0, *flat)
+    except struct.error:
+        return _float64(_despelled(flat, dims, name), dims, name)
     # But also true and false, as 1 and 0.
     maybe = np.flatnonzero((wide == 0) | (wide == 1)).tolist()
     if bool in set(map(type, map(flat.__getitem__, maybe))):
@@ -165,12 +166,23 @@ def _float64(flat: list[Any], dims: Sequence[int], name: str) -> Array:
     return wide
 
 
-def _check_depth(flat: list[Any], dims: Sequence[int], name: str) -> None:
+def _despelled(flat: list[Any], dims: Sequence[int], name: str) -> list[Any]:
+    """Return ``flat`` with numbers where they were spelled; refuse what else is no float64."""
+    try:
+        array("d", flat)  # says what struct does not: which of two faults comes first
+    except OverflowError as exc:
+        raise Invalid(f"{name} holds an integer too large for float64") from exc
+    except TypeError:
+        _check_depth(flat, dims, name)
+    return [_number(v, i, dims, name) for i, v in enumerate(flat)]
+
+
+def _check_depth(flat: list[Any] | Array, dims: Sequence[int], name: str) -> None:
     if list in set(map(type, flat)):
         raise _ragged(name, len(dims))
 
 
-def _integers(flat: list[Any], dims: Sequence[int], name: str, dtype: str) -> Array:
+def _integers(flat: list[Any] | Array, dims: Sequence[int], name: str, dtype: str) -> Array:
     types = set(map(type, flat))
     _check_depth(flat, dims, name)
     if not types <= {int}:

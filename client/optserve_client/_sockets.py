@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from optserve_client import errors
 from optserve_client._http import HEAD_LIMIT, Incoming
+from optserve_client._memory import Take
 from optserve_client._messages import Request
 
 T = TypeVar("T")
@@ -149,14 +150,14 @@ def _connect(sock: socket.socket, family: int, address: Any) -> Waits[None]:
         raise OSError(code, os.strerror(code))
 
 
-def exchanged(connection: Connection, head: bytes, request: Request) -> Waits[Incoming]:
-    """Send ``request``, whose head is ``head``, and return the whole answer.
+def exchanged(connection: Connection, head: bytes, request: Request, take: Take) -> Waits[Incoming]:
+    """Send ``request``, whose head is ``head``, and return the whole answer, in memory of ``take``.
 
     A server may answer, and close, before it has read all: then that is the answer, and the
     connection is of no more use. A socket that fails while sending may hold one, too.
     """
     sock, lost = connection.sock, None
-    incoming = Incoming(request.method, connection.room)
+    incoming = Incoming(request.method, connection.room, take)
     if request.length <= _SMALL_BYTES:
         parts: Iterator[bytes | memoryview] = iter((b"".join((head, *request.pieces)),))
     else:

@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 from optserve_client import _faults as faults
 from optserve_client import errors
 from optserve_client._http import Heads, Incoming
+from optserve_client._memory import Memory
 from optserve_client._messages import Answer, Request
 from optserve_client._sockets import (
     READ,
@@ -141,12 +142,12 @@ def _proxied(parts: SplitResult) -> bool:
 
 
 class _Sockets:
-    """What both kinds over plain sockets share: where the server is, and idle connections."""
+    """What both kinds over plain sockets share: where the server is, idle connections, memory."""
 
     def __init__(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> None:
         self._server, self._timeout_s = place(url), timeout_s
         self._wait_s = min(timeout_s, _LONGEST_S)
-        self._pool = Pool()
+        self._pool, self._memory = Pool(), Memory()
         self._host, self._port, self._path = "", 0, ""
         if url.startswith("unix:"):
             self._path = url.removeprefix("unix:")
@@ -176,6 +177,10 @@ class _Sockets:
             connection.close()
         return incoming.answer()
 
+    def _close(self) -> None:
+        self._pool.close()
+        self._memory.close()
+
     def _unreachable(self, request: Request, exc: Exception) -> errors.ConnectFailed:
         return errors.ConnectFailed(faults.not_connected(request, self._server, exc))
 
@@ -197,7 +202,8 @@ class Blocking(_Sockets):
             except (OSError, UnicodeError) as exc:  # the latter: a name that cannot be looked up
                 raise self._unreachable(request, exc) from exc
         try:
-            return self._ended(connection, self._run(exchanged(connection, head, request)))
+            steps = exchanged(connection, head, request, self._memory.take)
+            return self._ended(connection, self._run(steps))
         except (OSError, errors.TransportError) as exc:
             connection.close()
             raise self._broken(request, exc) from exc
@@ -206,7 +212,7 @@ class Blocking(_Sockets):
             raise
 
     def close(self) -> None:
-        self._pool.close()
+        self._close()
 
     def _addresses(self) -> list[Address]:
         known = self._known_addresses()
@@ -244,7 +250,8 @@ class Awaited(_Sockets):
             except (OSError, UnicodeError) as exc:  # the latter: a name that cannot be looked up
                 raise self._unreachable(request, exc) from exc
         try:
-            return self._ended(connection, await self._run(exchanged(connection, head, request)))
+            steps = exchanged(connection, head, request, self._memory.take)
+            return self._ended(connection, await self._run(steps))
         except (OSError, errors.TransportError) as exc:
             connection.close()
             raise self._broken(request, exc) from exc
@@ -253,7 +260,7 @@ class Awaited(_Sockets):
             raise
 
     async def close(self) -> None:
-        self._pool.close()
+        self._close()
 
     async def _addresses(self) -> list[Address]:
         known = self._known_addresses()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
@@ -16,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from optserve.api import edge
-from optserve.api.bodies import Body, body_kind
+from optserve.api.bodies import Announced, Body, body_kind
 from optserve.api.edge import Edge
 from optserve.settings import Settings
 from optserve_client import errors
@@ -193,6 +194,20 @@ def test_a_client_that_sends_it_all_anyway_still_reads_the_refusal(wire: Wire) -
     status, headers, _ = wire.answer()
     assert (status, headers["connection"]) == (413, "close")
     assert wire.closed()
+
+
+def test_an_announced_body_takes_up_memory_as_it_arrives() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    sinks = [Announced(2**28) for _ in range(4)]
+    for sink in sinks:
+        sink.room()[:3] = b"abc"
+        sink.filled(3)
+        sink.feed(b"de")
+    assert resident() - before < 2**26
+    assert all(bytes(sink.whole[:5]) == b"abcde" and sink.nbytes == 5 for sink in sinks)
 
 
 def test_a_chunked_body_is_refused_when_it_passes_the_limit(wire: Wire) -> None:

@@ -123,6 +123,26 @@ def test_a_float32_is_written_as_short_as_it_can_be() -> None:
     assert text == b'{"w":[0.1,1e+30]}'
 
 
+@pytest.mark.parametrize("encoding", ["list", "base64"])
+def test_a_large_reply_is_the_same_text_although_it_is_written_in_pieces(
+    encoding: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = [(7,), (), (5, 3), (0, 2), (2, 3, 4), (1, 9)]
+    rng = np.random.default_rng(0)
+    arrays = {f'w"{i}': rng.standard_normal(s, np.float32) for i, s in enumerate(shapes)}
+    arrays["nan"] = np.full((4, 4), np.nan, np.float32)
+    params, fields = published("F32", arrays), {"id": "a", "loss": math.inf}
+    whole_text = dump(
+        {"id": "a", "loss": "Infinity", "params": json_tensors(params, encoding, None)}
+    )
+    monkeypatch.setattr(replies, "LISTED_BYTES", 16)
+    parts = replies._json_parts(fields, params, encoding, None)
+    assert b"".join(parts) == whole_text + b"\n"
+    assert len(parts) > len(arrays)
+    if encoding == "list":
+        assert max(map(len, parts)) < len(whole_text) / 3
+
+
 def test_rounding_for_the_reply_that_overflows_is_infinity_not_null() -> None:
     text = dump(json_tensors(published("F32", {"w": np.array([1e30, -1.0], "<f4")}), "list", "F16"))
     assert text == b'{"w":["Infinity",-1.0]}'

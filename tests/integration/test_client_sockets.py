@@ -73,6 +73,46 @@ def test_steps_over_plain_sockets_are_whole(
         assert result.params["w"].flags.aligned
 
 
+def test_the_memory_of_a_result_is_used_again_once_nobody_has_it(small: ServerProcess) -> None:
+    w = np.zeros(500_000, np.float32)
+
+    with Client(small.url) as client:
+        session = client.create("SGD", {"w": w}, lr=1.0)
+        memory = client._transport._memory  # type: ignore[attr-defined]
+
+        def step() -> Any:
+            return session.step({"w": w + 1}).params["w"]  # type: ignore[index]
+
+        step()
+        (block,) = memory._spare
+        kept = step()[7:9]
+        assert np.shares_memory(kept, block)
+        assert list(memory._spare) == []
+        del block
+        assert [float(step()[0]), float(step()[0]), *kept] == [-3, -4, -2, -2]
+        assert len(memory._spare) == 1
+    assert list(memory._spare) == []
+
+
+async def _in_turn(url: str, w: Any) -> None:
+    async with AsyncClient(url) as client:
+        sessions = [await client.create("SGD", {"w": w + i}, lr=1.0) for i in range(4)]
+        memory = client._transport._memory  # type: ignore[attr-defined]
+        for turn in range(1, 4):
+            results = await asyncio.gather(*(one.step({"w": w + 1}) for one in sessions))
+            kept = [result.params["w"][5:7] for result in results]  # type: ignore[index]
+            del results
+            assert [list(part) for part in kept] == [[i - turn] * 2 for i in range(4)]
+            assert len(memory._spare) <= 1
+        del kept
+        assert len(memory._spare) == 1
+    assert list(memory._spare) == []
+
+
+def test_results_that_arrive_at_once_have_memory_of_their_own(small: ServerProcess) -> None:
+    asyncio.run(_in_turn(small.url, np.zeros(500_000, np.float32)))
+
+
 def test_a_body_that_is_too_large_is_refused_by_its_name_and_the_next_step_works(
     small: ServerProcess, steps: Callable[..., list[Any]]
 ) -> None:

@@ -7,19 +7,18 @@ import time
 from collections.abc import AsyncIterator
 from typing import Literal
 
+import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
 from optserve.api.connection import EXTENSION, Exchange
 from optserve.api.streams import Pace, Sink
 from optserve.settings import Settings
 from optserve_client.errors import Malformed, TooLarge, UnsupportedMediaType
-from optserve_client.wire import SAFETENSORS
+from optserve_client.wire import SAFETENSORS, BytesLike
 
 JSON = "application/json"
 Kind = Literal["json", "safetensors"]
 
-#: Of a body whose size nobody can tell beforehand.
-BLOCK_BYTES = 2**20
 #: What is left of a body must be more than this for the connection to be lent to it.
 LENT_BYTES = 64 * 1024
 
@@ -151,54 +150,70 @@ class Body:
             )
         return chunk
 
-    async def read(self) -> bytes | bytearray:
+    async def read(self) -> BytesLike:
         """Return the whole body.
 
         Memory is set aside for what arrives: an announced length costs its sender nothing.
         """
-        blocks = Blocks()
-        await self.into(blocks)
-        if self.length is not None and blocks.nbytes != self.length:
-            beyond = blocks.nbytes > self.length
-            how = "goes on after the announced" if beyond else f"ends after {blocks.nbytes} of"
+        if self.length is None:
+            blocks = Blocks()
+            await self.into(blocks)
+            return blocks.joined()
+        sink = Announced(self.length)
+        await self.into(sink)
+        if sink.nbytes != self.length:
+            beyond = sink.nbytes > self.length
+            how = "goes on after the announced" if beyond else f"ends after {sink.nbytes} of"
             raise Malformed(f"the body {how} {self.length} bytes")
-        return blocks.joined()
+        return sink.whole
+
+
+class Announced:
+    """A sink of ``length`` bytes in one block, of which only those that arrive take up memory."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        #: What has arrived, at the end.
+        self.whole: BytesLike = b""
+        self._block: memoryview | None = None
+        self.nbytes = 0
+
+    def feed(self, chunk: BytesLike) -> None:
+        begin, self.nbytes = self.nbytes, self.nbytes + len(chunk)
+        if len(chunk) == self._length:
+            self.whole = chunk
+        elif chunk and self.nbytes <= self._length:
+            self._made()[begin : self.nbytes] = chunk
+
+    def room(self) -> memoryview:
+        return self._made()[self.nbytes :]
+
+    def filled(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+
+    def _made(self) -> memoryview:
+        if self._block is None:
+            # Neither zeroed nor touched, and in large pages, which are soon there.
+            self.whole = self._block = np.empty(self._length, np.uint8).data
+        return self._block
 
 
 class Blocks:
     """A sink of any length."""
 
     def __init__(self) -> None:
-        self._blocks: list[bytes | bytearray | memoryview] = []
-        self._block = memoryview(b"")
-        self._filled = 0
-        self.nbytes = 0
+        self._blocks: list[BytesLike] = []
 
-    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
+    def feed(self, chunk: BytesLike) -> None:
         if chunk:
-            self._end_block()
             self._blocks.append(chunk)
-            self.nbytes += len(chunk)
 
-    def room(self) -> memoryview:
-        if self._filled == len(self._block):
-            self._end_block()
-            self._block = memoryview(bytearray(BLOCK_BYTES))
-        return self._block[self._filled :]
+    def room(self) -> None:
+        """There is none set aside."""
 
     def filled(self, nbytes: int) -> None:
-        self._filled += nbytes
-        self.nbytes += nbytes
+        raise AssertionError("there was no room")
 
-    def _end_block(self) -> None:
-        if self._filled:
-            self._blocks.append(self._block[: self._filled])
-        self._block, self._filled = memoryview(b""), 0
-
-    def joined(self) -> bytes | bytearray:
-        """Return everything; the sink is empty then."""
-        self._end_block()
-        blocks, self._blocks = self._blocks, []
-        if len(blocks) == 1 and isinstance(blocks[0], bytes | bytearray):
-            return blocks[0]
-        return b"".join(blocks)
+    def joined(self) -> bytes:
+        """Return everything."""
+        return b"".join(self._blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlencode
@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from optserve.api.bodies import Body, Kind, body_kind, headers_of, settings_of
 from optserve.api.json_text import loads, loads_object
+from optserve.api.long_lists import loads_tensors
 from optserve.api.waiting import off_loop
 from optserve.optim import devices
 from optserve.optim.layout import Layout
@@ -21,7 +22,7 @@ from optserve.sessions.fields import MAX_INT, shown, unknown
 from optserve.sessions.ledger import KEY_LENGTH, Identity, check_identity
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed
-from optserve_client.wire import META_KEY, Tensor
+from optserve_client.wire import META_KEY, BytesLike, Tensor
 
 #: Query parameters that say who sent a request, not what it asks for.
 _CLAIMS = ("worker", "epoch", "seq")
@@ -88,7 +89,7 @@ def header_key(request: Request) -> str | None:
     return key
 
 
-def digest_of(request: Request, what: str, body: bytes | bytearray) -> bytes:
+def digest_of(request: Request, what: str, body: BytesLike) -> bytes:
     """Return XXH3-128 over all that decides what a request does: method, route, query and body."""
     # A step may come by three addresses; what creates or changes names its session in the path.
     where = what if what == "step" else request.url.path
@@ -194,23 +195,30 @@ async def read_request(
     ``needs``: ``"an object"``; ``"a value"`` for any JSON; None if an object may be missing.
     """
     kind = body_kind(request, accepted)
-    raw: bytes | bytearray = b""
+    raw: BytesLike = b""
     if kind is not None:
         settings = settings_of(request)
         limit = settings.max_json_bytes if kind == "json" else settings.max_body_bytes
         raw = await Body(request, limit).read()
     elif needs is not None:
         raise Malformed(f"the body is empty, expected {needs}")
-    return await off_loop(len(raw), _decode, request, claim, what, raw, kind, needs)
+    read: Callable[[BytesLike], Any] = loads if needs == "a value" else loads_object
+    if "safetensors" in accepted:  # the other routes take no tensors
+        read = _read_params
+    return await off_loop(len(raw), _decode, request, claim, what, raw, kind, read)
+
+
+def _read_params(text: BytesLike) -> dict[str, Any]:
+    return loads_tensors(text, "params")
 
 
 def _decode(
     request: Request,
     claim: Identity,
     what: str,
-    raw: bytes | bytearray,
+    raw: BytesLike,
     kind: Kind | None,
-    needs: str | None,
+    read: Callable[[BytesLike], Any],
 ) -> Incoming:
     value: Any = None
     tensors = None
@@ -218,7 +226,7 @@ def _decode(
         tensors, metadata = wire.decode(raw)
         value = frame_fields(metadata)
     elif kind == "json":
-        value = loads(raw) if needs == "a value" else loads_object(raw)
+        value = read(raw)
     digest = digest_of(request, what, raw)
     identity = identify(claim, value if isinstance(value, dict) else {}, digest)
     return Incoming(value=value, tensors=tensors, identity=identity, nbytes=len(raw))

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from optserve_client.errors import Malformed
+from optserve_client.wire import BytesLike
 
 #: A tensor may have 32 dimensions; nothing else nests deeply.
 MAX_DEPTH = 64
@@ -25,8 +26,10 @@ _KEY_END = re.compile(rb'"\s*+:')
 _CONSTANT = re.compile(rb"-?(?:NaN|Infinity|nan|inf)\b")
 
 
-def loads(text: bytes | bytearray, what: str = "the body") -> Any:
+def loads(text: BytesLike, what: str = "the body") -> Any:
     """Parse ``text``; raise Malformed where it is no JSON, repeats a key or nests too deeply."""
+    if isinstance(text, memoryview):
+        text = bytes(text)  # which can be searched
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as exc:
@@ -38,7 +41,7 @@ def loads(text: bytes | bytearray, what: str = "the body") -> Any:
     return value
 
 
-def loads_object(text: bytes | bytearray, what: str = "the body") -> dict[str, Any]:
+def loads_object(text: BytesLike, what: str = "the body") -> dict[str, Any]:
     """Parse ``text``, whose top level must be an object."""
     value = loads(text, what)
     if not isinstance(value, dict):

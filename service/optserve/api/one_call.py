@@ -19,7 +19,7 @@ from optserve.api.decode import (
     params_of_frame,
     tensors_from_json,
 )
-from optserve.api.json_text import loads_object
+from optserve.api.long_lists import loads_tensors
 from optserve.api.routing import TENANT, registry_of
 from optserve.api.waiting import done, loaded, off_loop
 from optserve.sessions import config as configs
@@ -126,7 +126,7 @@ async def first_use(request: Request) -> AsyncIterator[FirstUse]:
 
 async def _from_json(request: Request, made: list[Session]) -> FirstUse:
     raw = await Body(request, settings_of(request).max_json_bytes).read()
-    body = await off_loop(len(raw), loads_object, raw)
+    body = await off_loop(len(raw), loads_tensors, raw, "grads", "params")
     digest = await off_loop(len(raw), digest_of, request, "step", raw)
     call, registry = _Call.of(body), registry_of(request)
     session = await call.find(registry)

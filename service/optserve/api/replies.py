@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ _STRICT = json.JSONEncoder(allow_nan=False)
 
 JSON = "application/json"
 Encoding = Literal["list", "base64"]
+#: Of an array whose numbers become text at once.
+LISTED_BYTES = 2**18
 _DUMP = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 #: A document ends its line, so that a shell's prompt begins the next one.
 _DOCUMENT = _DUMP | orjson.OPT_APPEND_NEWLINE
@@ -199,13 +201,33 @@ async def _encode(
     if media == SAFETENSORS:
         return PartsResponse(tensor_frame(params, dtype, fields), status, headers)
     nbytes = params.layout.nbytes if params else 0
-    text = await off_loop(nbytes, _json_text, fields, params, encoding, dtype)
-    return PartsResponse([text], status, headers, JSON)
+    parts = await off_loop(nbytes, _json_parts, fields, params, encoding, dtype)
+    return PartsResponse(parts, status, headers, JSON)
 
 
-def _json_text(
+def _json_parts(
     fields: Mapping[str, Any], params: Published | None, encoding: Encoding, dtype: str | None
-) -> bytes:
-    if params is not None:
-        fields = {**fields, "params": json_tensors(params, encoding, dtype)}
-    return orjson.dumps(fields, option=_DOCUMENT)
+) -> list[bytes]:
+    if params is None:
+        return [orjson.dumps(fields, option=_DOCUMENT)]
+    tensors = json_tensors(params, encoding, dtype)
+    if params.layout.nbytes <= LISTED_BYTES:
+        return [orjson.dumps({**fields, "params": tensors}, option=_DOCUMENT)]
+    parts, before = [dump({**fields, "params": {}})[:-2]], b""
+    for name, tensor in tensors.items():
+        parts.append(b"%b%b:" % (before, dump(name)))
+        parts += _listed_parts(tensor)
+        before = b","
+    return [*parts, b"}}\n"]
+
+
+def _listed_parts(tensor: Any) -> Iterator[bytes]:
+    """Yield the JSON text of ``tensor`` a piece at a time: no other thread runs during one."""
+    if not isinstance(tensor, np.ndarray) or tensor.nbytes <= LISTED_BYTES:
+        yield dump(tensor)
+        return
+    rows = max(1, LISTED_BYTES * len(tensor) // tensor.nbytes)
+    for at in range(0, len(tensor), rows):
+        text = dump(tensor[at : at + rows])
+        yield b"%b%b" % (b"," if at else b"[", text[1:-1])
+    yield b"]"

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from optserve.api.bodies import Body, body_kind, settings_of
 from optserve.api.decode import digest_of, header_key
-from optserve.api.json_text import loads_object
+from optserve.api.long_lists import loads_tensors
 from optserve.api.one_call import first_use
 from optserve.api.openapi import BINARY, KEY_PARAMETER, operation
 from optserve.api.replies import encode_reply
@@ -35,6 +35,7 @@ from optserve_client.errors import (
     TorchRefused,
     VersionConflict,
 )
+from optserve_client.wire import BytesLike
 
 routes = router("step", Direct)
 
@@ -125,8 +126,9 @@ async def decode_step(request: Request, session: Session) -> Step:
     return await off_loop(intake.frame_bytes or 0, intake.finish)
 
 
-def step_from_text(request: Request, session: Session, raw: bytes | bytearray) -> Step:
-    return session.step_from_json(loads_object(raw), digest_of(request, "step", raw))
+def step_from_text(request: Request, session: Session, raw: BytesLike) -> Step:
+    body = loads_tensors(raw, "grads", "params")
+    return session.step_from_json(body, digest_of(request, "step", raw))
 
 
 def identity_of(step: Step, key: str | None) -> Identity:
