@@ -456,6 +456,23 @@ def test_a_thread_that_has_ended_is_not_waited_for(sqlite: Backend) -> None:
             assert future.result(LIMIT_S)[0].error is None
 
 
+def test_a_synced_event_covers_an_unsynced_one_that_queued_with_it(sqlite: Backend) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 1)
+        large = payload(store, noise(200_000), None, "os")
+        with internals(store)._commits.alone():
+            # The first os event of a clean session, and one that promises everything before it.
+            futures = [
+                store.submit([event(A, 2, payload=large, durability="os")]),
+                store.submit([event(A, 3, durability="always")]),
+            ]
+        assert [future.result(LIMIT_S)[0].error for future in futures] == [None, None]
+        files = internals(store)._placing.files
+        assert not files._unsynced
+        with internals(store)._database.reading() as now:
+            assert now.column("SELECT dirty FROM sessions") == [None]
+
+
 def test_a_call_waits_for_the_one_before_it_of_its_session(backend: Backend) -> None:
     with closing(backend.open()) as store:
         filled(store, A, 1)

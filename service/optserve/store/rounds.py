@@ -102,7 +102,9 @@ class Rounds:
                 continue
             if how == "mark":
                 marked.add(key)
-            reached[key] = group
+            # What comes behind the first unsynced event is to know of it, which takes its commit.
+            first_os = group == "synced" and item.durability == "os"
+            reached[key] = "later" if first_os else group
             groups[group].append(item)
         self._commit(groups["os"], sync=False)
         self._commit(groups["synced"], sync=True)
