@@ -213,8 +213,6 @@ class LossyDisk:
         self._inodes: dict[int, bytearray] = {}
         self._names: dict[str, int] = {}
         self._open: dict[int, tuple[int, str]] = {}
-        #: Where the next write of a descriptor goes.
-        self._at: dict[int, int] = {}
         self._next = 1
         for number, (name, data) in enumerate(sorted(contents.items()), start=-len(contents)):
             self._inodes[number] = bytearray(data)
@@ -251,11 +249,6 @@ class LossyDisk:
         with self.log.lock:
             return self._descriptor(self._found(path), path.name)
 
-    def overwrite(self, path: Path) -> int:
-        self._may("overwrite", path.name)
-        with self.log.lock:
-            return self._descriptor(self._found(path), path.name)
-
     def size(self, path: Path) -> int:
         with self.log.lock:
             return len(self._inodes[self._found(path)])
@@ -266,9 +259,8 @@ class LossyDisk:
         if self._may("write", name) == "rot":
             data = bytes([data[0] ^ 1]) + data[1:]
         with self.log.lock:
-            at = self._at.get(fd, 0)
-            self._at[fd] = at + len(data)
-            _put(self._inodes[inode], at, data)
+            at = len(self._inodes[inode])
+            self._inodes[inode] += data
             self.log.add("write", inode, at, data)
         return len(data)
 
@@ -281,7 +273,7 @@ class LossyDisk:
         with self.log.lock:
             return bytes(self._inodes[inode][at : at + nbytes])
 
-    def forget(self, fd: int) -> None:
+    def forget(self, fd: int, end: int = 0) -> None:
         """All reads show what was written, as a cache would."""
 
     def datasync(self, fd: int) -> None:

@@ -25,7 +25,6 @@ from typing import Any
 from optserve.store.base import Durability, Event, Key, Outcome, Payload
 from optserve.store.database import Connection
 from optserve.store.files import INLINE_BYTES, PayloadFiles
-from optserve.store.spares import Spares
 from optserve.store.sql import SqlStore
 from optserve.store.sqlite import Sqlite
 from optserve_client.errors import Damaged, OptserveError, OutOfSpace, Unavailable
@@ -109,8 +108,8 @@ class RecordedSqlite(Sqlite):
         return self._boot
 
     @contextmanager
-    def transaction(self, sync: bool = True) -> Iterator[Connection]:
-        with super().transaction(sync) as tx:
+    def transaction(self, sync: bool = True, hurried: bool = False) -> Iterator[Connection]:
+        with super().transaction(sync, hurried) as tx:
             yield tx
             self.log.note("committing")
         self.log.note("commit", image(self.path), sync)
@@ -159,7 +158,7 @@ class Machine:
         self._start()
 
     def _start(self) -> None:
-        self.files = PayloadFiles(self.directory / "payloads", self.disk, Spares(least_bytes=0))
+        self.files = PayloadFiles(self.directory / "payloads", self.disk)
         self.store = SqlStore(RecordedSqlite(self.path, self.log, self._boot), self.files)
         self.log.note("commit", image(self.path), True)
 
@@ -334,12 +333,8 @@ class Play:
         if kind < 0.15:
             return None, None
         small = kind < 0.3
-        data = self.rng.randbytes(self.rng.randint(1, 500) if small else self._large())
+        data = self.rng.randbytes(self.rng.randint(*((1, 500) if small else LARGE)))
         return data, self._written(data, SESSIONS[key.session])
-
-    def _large(self) -> int:
-        """Return a length that others have too, as a rule: their files are written over."""
-        return self.rng.choice([LARGE[0], LARGE[1], self.rng.randint(*LARGE)])
 
     def _written(self, data: bytes, durability: Durability) -> Payload:
         writer = self.machine.store.writer(self.rng.choice([None, len(data)]), durability)
@@ -413,7 +408,7 @@ class Play:
             journal = kept
         lsn = max(1, journal.last - self.rng.choice([0, 0, 0, 1, 2]))
         pin = self.rng.choice([None, None, None, "kept"])
-        data = self.rng.randbytes(self._large())
+        data = self.rng.randbytes(self.rng.randint(*LARGE))
         self._arm(0.2, [("write", "rot")])
         self._arm(0.05, [("datasync", errno.EIO), ("sync_directory", errno.EIO)])
         try:

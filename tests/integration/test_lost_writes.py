@@ -14,13 +14,13 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.dialects import sqlite
 
+from optserve.store import behind as behind_module
 from optserve.store import files as files_module
 from optserve.store import writing as writing_module
 from optserve.store.disk import DirectorySync
 from optserve.store.files import FilePayload, FileWriter, PayloadFiles
 from optserve.store.held import HeldFile
 from optserve.store.schema import STATEMENTS, Sql
-from optserve.store.spares import Spares
 from optserve.store.writing import Writing
 from optserve_client.errors import Damaged
 from tests.conftest import LONG
@@ -40,6 +40,13 @@ def quiet() -> Iterator[None]:
     """Keep the warnings about hundreds of injected faults to ourselves."""
     with structlog.testing.capture_logs():
         yield
+
+
+@pytest.fixture(autouse=True)
+def followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow writers also here, where a large payload is a small one."""
+    monkeypatch.setattr(behind_module, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(behind_module, "LAG_BYTES", 30_000)
 
 
 @pytest.fixture(autouse=True)
@@ -226,20 +233,6 @@ def _(patch: pytest.MonkeyPatch) -> None:
 
     for name in ("append", "snapshot", "unpin", "delete"):
         hasty(name)
-    patch.setattr(Spares, "put", lambda *_: False)  # they go, and are not just written over later
-
-
-@mutant("a file is written over whose row is there")
-def _(patch: pytest.MonkeyPatch) -> None:
-    original = PayloadFiles.create
-
-    def create(self: PayloadFiles, nbytes: int) -> HeldFile:
-        for name in self.disk.names(self.directory):
-            if name not in self._held and self.disk.size(self.directory / name) == nbytes:
-                self._spares.put(name, nbytes)
-        return original(self, nbytes)
-
-    patch.setattr(PayloadFiles, "create", create)
 
 
 @mutant("a snapshot is not read back before an older one goes")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
+import mmap
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +16,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from optserve.store import files as files_module
+from optserve.store import behind as behind_module
 from optserve.store.base import DURABILITIES
 from optserve.store.disk import DirectorySync
 from optserve.store.files import INLINE_BYTES, FilePayload, OsDisk, PayloadFiles
 from optserve.store.payloads import InlinePayload, SpooledPayload
-from optserve.store.spares import Spares
 from optserve_client.errors import Damaged, OutOfSpace, Unavailable
 from tests.disk import Fault, Log, LossyDisk, Medium
 
@@ -195,17 +197,6 @@ def test_a_flush_that_failed_fails_again(files: PayloadFiles, faults: Faults) ->
     files.remove([name])
     files.flush()
     assert files.disk.names(WHERE) == []
-
-
-def test_large_payloads_move_to_the_medium_while_they_are_written(
-    real: PayloadFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved: list[tuple[int, int]] = []
-    monkeypatch.setattr(files_module, "WRITE_BACK_BYTES", 100_000)
-    monkeypatch.setattr(real.disk, "write_back", lambda fd, begin, n: moved.append((begin, n)))
-    payload = written(real, bytes_of(250_000))
-    assert moved == [(0, 100_000), (100_000, 100_000)]
-    assert payload.read() == bytes_of(250_000)
 
 
 @pytest.mark.parametrize(
@@ -557,6 +548,7 @@ def test_real_disk_is_a_disk(tmp_path: Path) -> None:
     disk.write_back(fd, 0, 5)
     disk.datasync(fd)
     disk.sync_directory(tmp_path / "a" / "b")
+    disk.forget(fd, 3)
     disk.forget(fd)
     assert disk.pread(fd, 10, 2) == b"345"
     assert disk.size(tmp_path / "a" / "b" / "c") == 5
@@ -566,88 +558,167 @@ def test_real_disk_is_a_disk(tmp_path: Path) -> None:
     assert disk.names(tmp_path / "a" / "b") == []
 
 
-# --- written over ---
+# --- behind the writer ---
+
+PIECE, LAG = 100_000, 150_000
+
+
+class Followed(OsDisk):
+    """Notes what is asked of it behind a writer, which ``gate`` keeps waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[object, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: OSError | None = None
+
+    def write_back(self, fd: int, begin: int, nbytes: int) -> None:
+        assert self.gate.wait(LIMIT_S)
+        self.asked.append(("write_back", begin, begin + nbytes))
+        if self.error is not None:
+            raise self.error
+        super().write_back(fd, begin, nbytes)
+
+    def forget(self, fd: int, end: int = 0) -> None:
+        self.asked.append(("forget", end))
+        super().forget(fd, end)
 
 
 @pytest.fixture
-def sparing(disk: LossyDisk) -> Iterator[PayloadFiles]:
-    files = PayloadFiles(WHERE, disk, Spares(least_bytes=0))
-    yield files
-    files.close()
+def followed(monkeypatch: pytest.MonkeyPatch) -> Followed:
+    monkeypatch.setattr(behind_module, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(behind_module, "LAG_BYTES", LAG)
+    return Followed()
 
 
-def announced(files: PayloadFiles, data: bytes) -> FilePayload:
-    writer = files.writer(len(data), "always")
-    writer.write(data)
+def written_slowly(files: PayloadFiles, disk: Followed, data: bytes, durability: str) -> str:
+    """Write piece by piece, each when the one before is on its way; return the name."""
+    writer = files.writer(None, durability)  # type: ignore[arg-type]
+    for at in range(0, len(data), PIECE):
+        writer.write(memoryview(data)[at : at + PIECE])
+        drained(files)
     payload = writer.seal()
-    assert isinstance(payload, FilePayload)
+    drained(files)
     files.settle(payload)
-    return payload
+    assert payload.read() == data
+    assert isinstance(payload, FilePayload)
+    return payload.name
 
 
-def removed(files: PayloadFiles, data: bytes) -> str:
-    """Write a payload, let it go, and return the name of its file."""
-    payload = announced(files, data)
-    name = payload.name
-    del payload
-    files.remove([name])
-    return name
+def drained(files: PayloadFiles) -> None:
+    files.behind._thread.submit(int).result(LIMIT_S)
 
 
-def test_a_file_that_no_row_names_is_written_over(sparing: PayloadFiles, disk: LossyDisk) -> None:
-    name = removed(sparing, bytes_of(LARGE, 1))
-    again = announced(sparing, bytes_of(LARGE, 2))
-    assert again.name == name
-    assert again.read() == bytes_of(LARGE, 2)
-    assert list(disk.contents()) == [name]
-
-
-def test_a_payload_of_another_length_gets_a_new_file(sparing: PayloadFiles) -> None:
-    name = removed(sparing, bytes_of(LARGE, 1))
-    assert announced(sparing, bytes_of(LARGE + 8, 2)).name != name
-
-
-def test_a_file_that_somebody_reads_is_not_written_over(sparing: PayloadFiles) -> None:
-    read = announced(sparing, bytes_of(LARGE, 1))
-    sparing.remove([read.name])
-    assert announced(sparing, bytes_of(LARGE, 2)).name != read.name
-    assert read.read() == bytes_of(LARGE, 1)
-
-
-def test_a_file_that_is_written_over_in_vain_goes(sparing: PayloadFiles, disk: LossyDisk) -> None:
-    removed(sparing, bytes_of(LARGE, 1))
-    writer = sparing.writer(LARGE, "always")
-    writer.write(bytes_of(LARGE - 1, 2))
-    with pytest.raises(ValueError, match=f"{LARGE} bytes were announced, {LARGE - 1} came"):
-        writer.seal()
-    del writer
-    poll(lambda: not disk.contents())
-
-
-def test_the_sweep_leaves_alone_what_is_kept_to_be_written_over(sparing: PayloadFiles) -> None:
-    name = removed(sparing, bytes_of(LARGE, 1))
-    assert sparing.sweep(lambda _: False) == []
-    assert announced(sparing, bytes_of(LARGE, 2)).name == name
-
-
-def test_a_full_disk_gets_back_what_is_only_kept(
-    sparing: PayloadFiles, disk: LossyDisk, faults: Faults
+@pytest.mark.parametrize("durability", ["always", "os"])
+def test_large_payloads_leave_the_memory_while_they_are_written(
+    tmp_path: Path, followed: Followed, durability: str
 ) -> None:
-    removed(sparing, bytes_of(LARGE, 1))
-    faults.due["write", faults.counts["write"] + 1] = errno.ENOSPC
-    with pytest.raises(OutOfSpace):
-        announced(sparing, bytes_of(LARGE + 8, 2))
-    poll(lambda: not disk.contents())
-
-
-def test_nothing_is_kept_beyond_a_close(disk: LossyDisk) -> None:
-    files = PayloadFiles(WHERE, disk, Spares(least_bytes=0))
-    removed(files, bytes_of(LARGE, 1))
-    assert disk.contents()
+    files = PayloadFiles(tmp_path, followed)
+    data = bytes_of(250_000)
+    written_slowly(files, followed, data, durability)
+    expected: list[tuple[object, ...]] = [
+        ("write_back", 0, 100_000),
+        ("write_back", 100_000, 200_000),
+        ("forget", 50_000),
+        ("write_back", 200_000, 250_000),
+        ("forget", 100_000),
+    ]
+    assert followed.asked == expected
+    written_slowly(files, followed, data, durability)
+    assert followed.asked == [*expected, ("forget", 0), *expected]  # the end of the one before
     files.close()
-    assert not disk.contents()
 
 
-def test_small_files_are_not_kept(files: PayloadFiles, disk: LossyDisk) -> None:
-    removed(files, bytes_of(LARGE, 1))
-    assert not disk.contents()
+def test_small_files_are_not_followed(tmp_path: Path, followed: Followed) -> None:
+    files = PayloadFiles(tmp_path, followed)
+    files.settle(written(files, bytes_of(PIECE - 1)))
+    files.close()
+    assert followed.asked == []
+
+
+def test_a_writer_does_not_wait_for_a_slow_medium(tmp_path: Path, followed: Followed) -> None:
+    files = PayloadFiles(tmp_path, followed)
+    followed.gate.clear()
+    data = bytes_of(10 * PIECE)
+    writer = files.writer(None, "os")
+    for at in range(0, len(data), PIECE):
+        writer.write(memoryview(data)[at : at + PIECE])
+    payload = writer.seal()
+    assert payload.read() == data
+    assert followed.asked == []
+    followed.gate.set()
+    drained(files)
+    assert [asked for asked in followed.asked if asked[0] == "write_back"] == [
+        ("write_back", 0, PIECE),
+        ("write_back", PIECE, 10 * PIECE),
+    ]
+    files.close()
+
+
+def test_what_fails_behind_the_writer_costs_nothing(tmp_path: Path, followed: Followed) -> None:
+    files = PayloadFiles(tmp_path, followed)
+    followed.error = OSError(errno.EIO, "Input/output error")
+    name = written_slowly(files, followed, bytes_of(3 * PIECE), "always")
+    files.remove([name])  # its end is still to be forgotten
+    written_slowly(files, followed, bytes_of(3 * PIECE), "always")
+    files.close()
+
+
+def test_a_discarded_file_goes_when_nobody_follows_any_more(
+    disk: LossyDisk, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(behind_module, "PIECE_BYTES", PIECE)
+    faults.due["write", 3] = errno.ENOSPC
+    files = PayloadFiles(WHERE, disk)
+    writer = files.writer(None, "always")
+    writer.write(bytes_of(PIECE))
+    writer.write(bytes_of(PIECE))
+    with pytest.raises(OutOfSpace):
+        writer.write(bytes_of(PIECE))
+    poll(lambda: disk.contents() == {} and disk.descriptors == 0)
+    files.close()
+
+
+def test_a_writer_goes_on_when_nobody_follows_any_more(tmp_path: Path, followed: Followed) -> None:
+    files = PayloadFiles(tmp_path, followed)
+    writer = files.writer(None, "always")
+    writer.write(bytes_of(PIECE))
+    files.close()
+    for _ in range(3):
+        writer.write(bytes_of(PIECE))
+    with pytest.raises(Unavailable, match="the store is closed"):
+        writer.seal()
+    assert list(tmp_path.iterdir()) == []
+
+
+def cached_bytes(path: Path) -> int:
+    """Return how much of a file the system has in memory."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        mincore = ctypes.CDLL(None).mincore
+        mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        assert mincore(address, len(view), ctypes.addressof(pages)) == 0
+        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+@pytest.mark.parametrize("durability", ["always", "os"])
+def test_the_memory_of_a_payload_comes_back(tmp_path: Path, durability: str) -> None:
+    probe, disk = tmp_path / "probe", OsDisk()
+    fd = disk.create(probe)
+    disk.write(fd, memoryview(bytes(PIECE)))
+    disk.datasync(fd)
+    disk.forget(fd)
+    disk.close(fd)
+    if cached_bytes(probe):
+        pytest.skip("this file system lies in memory")
+    files = PayloadFiles(tmp_path / "payloads")
+    payload = written(files, bytes_of(32 * 2**20), durability)
+    files.settle(payload)
+    assert cached_bytes(payload.file.path) > 0
+    written(files, bytes_of(32 * 2**20), durability)
+    drained(files)
+    assert cached_bytes(payload.file.path) == 0
+    files.close()

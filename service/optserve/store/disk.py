@@ -32,23 +32,22 @@ class Disk(Protocol):
     def open(self, path: Path) -> int:
         """Return a descriptor to read the file; it stays good when the file is unlinked."""
 
-    def overwrite(self, path: Path) -> int:
-        """Return a descriptor to read an existing file and to write it from its beginning."""
-
     def size(self, path: Path) -> int:
         """Return the length of the file in bytes."""
 
     def write(self, fd: int, piece: memoryview) -> int:
-        """Write some of ``piece``, behind what was written to ``fd``; return how many bytes."""
+        """Write some of ``piece`` at the end; return how many bytes."""
 
     def write_back(self, fd: int, begin: int, nbytes: int) -> None:
-        """Start to move these bytes to the medium, which promises nothing."""
+        """Start to move these bytes to the medium, which promises nothing; waits only if that has
+        too much to do already."""
 
     def pread(self, fd: int, nbytes: int, at: int) -> bytes:
         """Return up to ``nbytes`` bytes from offset ``at``; none at the end of the file."""
 
-    def forget(self, fd: int) -> None:
-        """Let the next reads come from the medium, as far as the file is synced."""
+    def forget(self, fd: int, end: int = 0) -> None:
+        """Let the next reads up to ``end`` (0: all) come from the medium, as far as it has the
+        bytes; their memory is free then."""
 
     def datasync(self, fd: int) -> None:
         """Return when the bytes and the length of the file are durable; not its name."""
@@ -90,9 +89,6 @@ class OsDisk:
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDONLY)
 
-    def overwrite(self, path: Path) -> int:
-        return os.open(path, os.O_RDWR)
-
     def size(self, path: Path) -> int:
         return path.stat().st_size
 
@@ -107,9 +103,9 @@ class OsDisk:
     def pread(self, fd: int, nbytes: int, at: int) -> bytes:
         return os.pread(fd, nbytes, at)
 
-    def forget(self, fd: int) -> None:
+    def forget(self, fd: int, end: int = 0) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(fd, 0, end, os.POSIX_FADV_DONTNEED)
 
     def datasync(self, fd: int) -> None:
         getattr(os, "fdatasync", os.fsync)(fd)

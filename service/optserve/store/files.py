@@ -19,10 +19,10 @@ from pathlib import Path
 import structlog
 
 from optserve.store.base import CHUNK_BYTES, Durability, Payload
+from optserve.store.behind import Behind, Trail
 from optserve.store.disk import DirectorySync, Disk, OsDisk
 from optserve.store.held import HeldFile, unlink
 from optserve.store.payloads import INLINE_BYTES, BufferedWriter, Spool, checked, checked_whole
-from optserve.store.spares import Spares
 from optserve_client.errors import Damaged, OptserveError, OutOfSpace, Unavailable
 
 __all__ = ["INLINE_BYTES", "Disk", "FilePayload", "FileWriter", "OsDisk", "PayloadFiles"]
@@ -31,9 +31,8 @@ log = structlog.get_logger(__name__)
 
 #: Files that are synced at the same time.
 SYNC_THREADS = 4
-#: The medium is told to begin each time that this much was written: of 100 MB, the sync at the end
-#: then has a quarter left to do.
-WRITE_BACK_BYTES = 8 * 2**20
+#: One write takes at most so much: whoever follows can then begin.
+WRITE_BYTES = 2**20
 #: What a read fails with when bytes are gone.
 DAMAGE = {errno.ENOENT, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)}
 
@@ -44,16 +43,14 @@ class PayloadFiles:
     One process at a time uses a directory; the store sees to that.
     """
 
-    def __init__(
-        self, directory: Path, disk: Disk | None = None, spares: Spares | None = None
-    ) -> None:
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
         """Make ``directory`` if it is missing. Raises OSError."""
         self.directory = directory
-        self._spares = spares or Spares()
         self.disk = disk or OsDisk()
         self.disk.make_directory(directory)
         self._entries = DirectorySync(self.disk, directory)
         self._pool = ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="payload-sync")
+        self.behind = Behind(self.disk)
         self._lock = threading.Lock()
         #: Files that somebody in this process holds.
         self._held: weakref.WeakValueDictionary[str, HeldFile] = weakref.WeakValueDictionary()
@@ -80,14 +77,12 @@ class PayloadFiles:
             self._spool = self._spool or Spool()
         return self._spool.writer(size_hint)
 
-    def create(self, nbytes: int) -> HeldFile:
-        """Return a file that its writer holds: a new one, or one of ``nbytes`` whose bytes nobody
-        needs. Raises OSError."""
+    def create(self) -> HeldFile:
+        """Return a new file that its writer holds. Raises OSError."""
         self._check_open()
-        spare = self._spares.take(nbytes)
-        name = spare or f"{self._prefix}{next(self._numbers):08x}"
+        name = f"{self._prefix}{next(self._numbers):08x}"
         file = HeldFile(self.disk, self.directory / name, self._entries.ended)
-        file.create(over=spare is not None)
+        file.create()
         with self._lock:
             self._held[name] = file
         return file
@@ -181,26 +176,15 @@ class PayloadFiles:
     def remove(self, names: Iterable[str]) -> None:
         """Unlink files, after the commit that dropped their rows.
 
-        What somebody still holds goes with its last holder, and some of the others are kept to be
-        written over. What fails is logged, and swept at the next start.
+        What somebody still holds goes with its last holder. What fails is logged, and swept at the
+        next start.
         """
         for name in names:
             self._forget(name)
             if (file := self._held.get(name)) is not None:
                 file.doom()
-            elif not self._spare(name):
+            else:
                 unlink(self.disk, self.directory / name)
-
-    def _spare(self, name: str) -> bool:
-        try:
-            return self._spares.put(name, self.disk.size(self.directory / name))
-        except OSError:
-            return False
-
-    def make_room(self) -> None:
-        """Give the disk back what is only kept to be written over."""
-        for name in self._spares.clear():
-            unlink(self.disk, self.directory / name)
 
     def abandon(self, file: HeldFile) -> None:
         """Unlink a file that no row names, after its sync; does not wait for that."""
@@ -223,7 +207,7 @@ class PayloadFiles:
         orphans = [
             name
             for name in self.disk.names(self.directory)
-            if not (name.startswith(self._prefix) or name in self._spares or referenced(name))
+            if not (name.startswith(self._prefix) or referenced(name))
         ]
         for name in orphans:
             self._forget(name)
@@ -240,9 +224,9 @@ class PayloadFiles:
                 return
             self._closed = True
         self._pool.shutdown()
+        self.behind.close()
         if self._spool is not None:
             self._spool.close()
-        self.make_room()
         for file in list(self._held.values()):
             file.outlive_name()
 
@@ -316,45 +300,36 @@ class FileWriter(BufferedWriter):
 
     _file: HeldFile
     _fd: int
+    _trail: Trail
 
     def __init__(self, files: PayloadFiles, size_hint: int, durability: Durability) -> None:
         super().__init__(size_hint)
         self._files = files
         self._durability = durability
-        self._written_back = 0
 
     def _begin(self) -> None:
         try:
-            self._file = self._files.create(self._size_hint)
+            self._file = self._files.create()
         except OSError as exc:
             raise refused(exc, "cannot make a payload file") from exc
         self._fd = self._file.hold()
+        self._trail = self._files.behind.trail(self._file)
 
     def _put(self, piece: memoryview, at: int) -> None:
         disk = self._files.disk
         try:
             while piece:
-                written = disk.write(self._fd, piece[:WRITE_BACK_BYTES])
+                written = disk.write(self._fd, piece[:WRITE_BYTES])
                 piece, at = piece[written:], at + written
-                self._write_back(at)
+                self._trail.written(at)
         except OSError as exc:
-            error = refused(exc, f"cannot write a payload beyond {at} bytes")
-            if isinstance(error, OutOfSpace):
-                self._files.make_room()
-            raise error from exc
-
-    def _write_back(self, end: int) -> None:
-        begin = self._written_back
-        if self._durability == "always" and end - begin >= WRITE_BACK_BYTES:
-            self._files.disk.write_back(self._fd, begin, end - begin)
-            self._written_back = end
+            raise refused(exc, f"cannot write a payload beyond {at} bytes") from exc
 
     def _finish(self) -> FilePayload:
         file = self._file
         try:
-            if file.over and self.nbytes != self._size_hint:
-                raise ValueError(f"{self._size_hint} bytes were announced, {self.nbytes} came")
             self._files.sealed(file, self._durability)
+            self._trail.ended(self.nbytes)
             return FilePayload(self._files, file, self.nbytes, self.digest())
         finally:
             self._drop()
@@ -362,7 +337,7 @@ class FileWriter(BufferedWriter):
     def _drop(self) -> None:
         """Let go; a file that was not kept goes."""
         self._file.release()
-        del self._file
+        del self._file, self._trail
 
 
 def damaged(name: str, why: str) -> Damaged:

@@ -37,8 +37,6 @@ class HeldFile:
         self.name = path.name
         #: How many syncs of the directory had ended before the file was made.
         self.born = born
-        #: Whether it is written over what was there before.
-        self.over = False
         #: The sync: done, with what failed, or on its way; None: nobody asked.
         self.settled: Future[OSError | None] | None = None
         self._disk = disk
@@ -48,12 +46,10 @@ class HeldFile:
         self._grip = _Grip()
         weakref.finalize(self, _let_go, disk, path, self._grip).atexit = False
 
-    def create(self, *, over: bool = False) -> None:
-        """Make the file, or write ``over`` one that is there, doomed until :meth:`keep`; its
-        descriptor is the first user's. Raises OSError."""
-        self.over = over
-        make = self._disk.overwrite if over else self._disk.create
-        self._grip.fd = make(self.path)
+    def create(self) -> None:
+        """Make the file, doomed until :meth:`keep`; its descriptor is the first user's. Raises
+        OSError."""
+        self._grip.fd = self._disk.create(self.path)
         self._grip.doomed = True
 
     def hold(self) -> int:

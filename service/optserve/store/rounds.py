@@ -13,7 +13,7 @@ from optserve.store.jobs import Item, Job
 from optserve.store.placing import Placing
 from optserve.store.tail import Tails
 from optserve.store.writing import After, Writing
-from optserve_client.errors import Internal, OptserveError, OutOfSpace, Unavailable
+from optserve_client.errors import Internal, OptserveError, Unavailable
 
 #: How an event is committed: without a sync; with one; it is the first that only this process has,
 #: which the database is told with a sync; in this process alone.
@@ -182,8 +182,6 @@ class Rounds:
                     self.remove(item.after)
 
     def _all_failed(self, items: list[Item], exc: OptserveError) -> None:
-        if isinstance(exc, OutOfSpace) and self._placing.files is not None:
-            self._placing.files.make_room()
         for item in items:
             item.error = item.error or exc
 
