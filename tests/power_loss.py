@@ -286,6 +286,8 @@ class Play:
         self.now: dict[Key, Journal | None] = {}
         self.calls: dict[Key, list[Call]] = {}
         self._waiting: list[tuple[Call, Event, Future[list[Outcome]]]] = []
+        #: What the store wants to be called on this thread.
+        self._hurries: list[Callable[[], object]] = []
         for name, durability in SESSIONS.items():
             key = Key("t", name)
             journal = found.journals.get(key) if found else None
@@ -307,6 +309,7 @@ class Play:
 
     def wait(self) -> None:
         """Wait for the calls that run, and correct what became of them."""
+        self._hurry()
         waiting, self._waiting = self._waiting, []
         for call, event, future in waiting:
             [outcome] = future.result(60)
@@ -320,6 +323,10 @@ class Play:
                 event.payload.discard()
         for key, chain in self.calls.items():
             self.now[key] = chain[-1].after if chain else self.before[key]
+
+    def _hurry(self) -> None:
+        while self._hurries:
+            self._hurries.pop()()
 
     def _committed(self, outcome: Outcome, event: Event) -> bool:
         """Ask the store, where the outcome is open."""
@@ -366,7 +373,10 @@ class Play:
             payload=payload, durability=durability, record={"call": next(_calls)},
         )  # fmt: skip
         call = self._begin(key, after, firm=durability == "always")
-        future = self.machine.store.submit([event])
+        here = self.rng.random() < 0.5  # as an event loop does, at once or a little later
+        future = self.machine.store.submit([event], self._hurries.append if here else None)
+        if self.rng.random() < 0.5:
+            self._hurry()
         future.add_done_callback(lambda _: self._end(call))
         self._waiting.append((call, event, future))
         if self.rng.random() < 0.5:

@@ -472,6 +472,110 @@ def test_a_synced_event_covers_an_unsynced_one_that_queued_with_it(sqlite: Backe
             assert now.column("SELECT dirty FROM sessions") == [None]
 
 
+@pytest.mark.parametrize("kind", ["step", "rewind"])
+def test_what_queued_behind_a_mark_knows_of_it(sqlite: Backend, kind: str) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2)
+        with internals(store)._commits.alone():
+            # The first event that only this process has, and another one of its lsn.
+            futures = [
+                store.submit([event(A, 3, durability="memory")]),
+                store.submit([event(A, 3, kind)]),
+            ]
+        errors = [future.result(LIMIT_S)[0].error for future in futures]
+        assert errors[0] is None
+        assert (errors[1] is None) == (kind == "rewind")
+        commit(store, event(A, 4, durability="memory" if kind == "step" else "always"))
+        assert lsns(store, A) == [1, 2, 3, 4]
+
+
+def test_a_synced_event_covers_unsynced_ones_before_an_open_outcome(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="os")
+        large = payload(store, noise(200_000), None, "os")
+        commit(store, event(A, 3, payload=large, durability="os"))
+        writing, files = internals(store)._writing, internals(store)._placing.files
+
+        def broken(*_: object) -> None:
+            raise Unavailable("nobody knows whether this was committed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "append", broken)
+            [outcome] = store.append([event(A, 4, durability="os")])
+            assert isinstance(outcome.error, Unavailable)
+        assert files._unsynced
+        modes = commits_of(store)
+        commit(store, event(A, 4))
+        assert not files._unsynced
+        # The next one without a sync is the first of its kind again, and says so with one.
+        commit(store, event(A, 5, durability="os"))
+        commit(store, event(A, 6, durability="os"))
+        assert modes == ["FULL", "FULL", "NORMAL"]
+
+
+def test_a_commit_counts_although_no_more_files_can_be_opened(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2)
+        database = internals(store)._database
+
+        def refused() -> int:
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(database, "_log_frames", refused)
+        commit(store, event(A, 3), event(A, 4, durability="os"))
+        future = store.submit([event(A, 5, durability="os")], lambda hurry: hurry())
+        assert future.result(LIMIT_S)[0].error is None
+        commit(store, event(A, 6))
+        assert lsns(store, A) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_thread_that_must_not_wait_does_not_open_the_database(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite.open()) as store:
+        filled(store, A, 2, durability="os")
+        database, threads, calls = internals(store)._database, list[str](), list[Any]()
+        recover = database._recover
+
+        def watched(driver: Any) -> None:
+            threads.append(threading.current_thread().name)
+            recover(driver)
+
+        monkeypatch.setattr(database, "_recover", watched)
+        with internals(store)._commits.alone():
+            database.drop_writer()
+        before = store.submit([event(A, 3, durability="os")], calls.append)
+        assert calls == []
+        assert before.result(LIMIT_S)[0].error is None
+        after = store.submit([event(A, 4, durability="os")], calls.append)
+        with internals(store)._commits.alone():
+            database.drop_writer()
+        calls.pop()()
+        assert after.result(LIMIT_S)[0].error is None
+        assert threads == ["store-commit"] * 2
+
+
+def test_who_never_writes_after_all_is_asked_again_soon(sqlite: Backend) -> None:
+    with closing(sqlite.open()) as store:
+        for key in (A, B):
+            filled(store, key, 2, durability="os")
+        forgotten = store.submit([event(A, 3, durability="os")], lambda hurry: None)
+        futures, calls = [forgotten], list[Callable[[], object]]()
+
+        def asked() -> bool:
+            lsn = len(futures) + 2
+            futures.append(store.submit([event(B, lsn, durability="os")], calls.append))
+            return bool(calls)
+
+        wait_until(asked)
+        calls[0]()
+        assert {future.result(LIMIT_S)[0].error for future in futures} == {None}
+
+
 def test_a_call_waits_for_the_one_before_it_of_its_session(backend: Backend) -> None:
     with closing(backend.open()) as store:
         filled(store, A, 1)

@@ -72,6 +72,18 @@ def test_steps_are_torchs(
     twins.step()
 
 
+def test_a_group_may_be_empty() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.Adam([{"params": []}, {"params": [p]}], fused=True) for p in params]
+    short = FusedAdam(optimizers[1], optimizers[1].step)
+    for number in range(3):
+        for p in params:
+            p.grad = torch.full((3,), float(number))
+        optimizers[0].step()
+        short()
+    assert torch.equal(*params)
+
+
 def test_a_param_without_a_gradient_stays_as_it_is_and_counts_no_step() -> None:
     twins = Twins(torch.optim.Adam, torch.float32)
     for without in (None, 1, None, 4, None, None):

@@ -58,6 +58,8 @@ class FusedAdam:
             return
         assert self._states is not None
         for group, state, of_group in zip(groups, self._states, grads, strict=True):
+            if not of_group:
+                continue
             beta1, beta2 = group["betas"]
             np.add(state.counts, 1, out=state.counts)
             kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_

@@ -7,6 +7,7 @@ own writes for those that do not wait, and for those that came while somebody el
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ from optserve_client.errors import OptserveError, Unavailable
 #: to another for a while.
 HURRIED_S = 0.02
 NO_HURRY_S = 1.0
+#: How long who was asked to write is trusted to do so.
+ASKED_S = 0.1
 
 
 class Commits:
@@ -47,9 +50,8 @@ class Commits:
         self._writer = threading.Lock()
         self._rounds = Rounds(database, placing, tails, writing)
         self._settlers = ThreadPoolExecutor(2, thread_name_prefix="store-settle")
-        #: :meth:`_hurry` will be called.
-        self._asked = False
-        #: On the monotonic clock.
+        #: When somebody was asked to call :meth:`_hurry`, on the monotonic clock, as is:
+        self._asked = -math.inf
         self._no_hurry_before = 0.0
         self._closing = False
         self._closed = False
@@ -92,28 +94,30 @@ class Commits:
         )
 
     def _asks(self, soon: Soon) -> bool:
-        if not self._asked:
-            self._asked = True
-            try:
-                soon(self._hurry)
-            except RuntimeError:  # that thread has ended
-                self._asked = False
-        return self._asked
+        now = time.monotonic()
+        if now < self._asked + ASKED_S:
+            return True
+        self._asked = now
+        try:
+            soon(self._hurry)
+        except RuntimeError:  # that thread has ended
+            self._asked = -math.inf
+            return False
+        return True
 
     def _hurry(self) -> None:
         """Write what needs no sync on this thread, which must not wait for a disk."""
-        self._asked = False
+        self._asked = -math.inf
         if not self._writer.acquire(blocking=False):
             return  # who writes sees to the rest
         began = time.monotonic()
         try:
-            self._rounds.hurried = True
-            self._drain()
+            if self._database.at_hand:
+                self._drain(hurried=True)
         finally:
-            self._rounds.hurried = False
             self._release()
-        if time.monotonic() - began > HURRIED_S:
-            self._no_hurry_before = began + NO_HURRY_S
+        if (took := time.monotonic() - began) > HURRIED_S:
+            self._no_hurry_before = began + took + NO_HURRY_S + 10 * took
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -176,16 +180,22 @@ class Commits:
         if any(database_has(event) for event in events):
             return None
         frozen = [_frozen(event) for event in events]
-        with self._changed, self._tails.lock:
+        with self._changed:
             self._check_open()
-            for event in events:
-                key = event.key
-                if self._busy[key] or key in self._rounds.unsure or self._tails.get(key) is None:
-                    return None
-            return [
-                Outcome(key=event.key, lsn=event.lsn, error=self._rounds.to_tail(event.key, row))
-                for event, row in zip(events, frozen, strict=True)
-            ]
+            # Who has it for long commits, and waits for the disk.
+            if not self._tails.lock.acquire(blocking=False):
+                return None
+            try:
+                for event in events:
+                    key, tail = event.key, self._tails.get(event.key)
+                    if self._busy[key] or key in self._rounds.unsure or tail is None:
+                        return None
+                return [
+                    Outcome(key=e.key, lsn=e.lsn, error=self._rounds.to_tail(e.key, row))
+                    for e, row in zip(events, frozen, strict=True)
+                ]
+            finally:
+                self._tails.lock.release()
 
     def _prepare(self, item: Item) -> None:
         """Do what can be done without a turn: freeze the event, place the payload."""
@@ -207,18 +217,17 @@ class Commits:
             return None
         return self._settlers.submit(files.settle, placed.file)
 
-    def _take(self) -> list[Job]:
-        """Take what can be written now: a session's calls stay in order."""
-        with self._changed:
-            taken, left, blocked = [], [], set[Key]()
-            for job in self._queue:
-                if job.pending() or not blocked.isdisjoint(job.keys) or self._rounds.puts_off(job):
-                    blocked |= job.keys
-                    left.append(job)
-                else:
-                    taken.append(job)
-            self._queue = left
-        return taken
+    def _split(self, hurried: bool = False) -> tuple[list[Job], list[Job]]:
+        """Return what can be written now, and the rest: a session's calls stay in order."""
+        now, later, blocked = [], [], set[Key]()
+        for job in self._queue:
+            waits = job.pending() or (hurried and self._rounds.puts_off(job))
+            if waits or not blocked.isdisjoint(job.keys):
+                blocked |= job.keys
+                later.append(job)
+            else:
+                now.append(job)
+        return now, later
 
     def _wake(self) -> None:
         with self._changed:
@@ -233,28 +242,24 @@ class Commits:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                while not (self._closing or self._database.behind or self._ready()):
+                while not (self._closing or self._database.behind or self._split()[0]):
                     self._changed.wait()
-                if self._closing:
-                    running = [p for job in self._queue for p in job.pending()]
-                    if not self._queue:
-                        return
-            if self._closing:
-                wait(running)
+                if self._closing and not self._queue:
+                    return
+                running = [p for job in self._queue for p in job.pending() if self._closing]
+            wait(running)
             with self._writer:
                 self._drain()
                 if self._database.behind:
                     self._database.catch_up()
 
-    def _ready(self) -> bool:
-        return any(not job.pending() for job in self._queue)
-
     # --- writing ---
 
-    def _drain(self) -> None:
-        jobs = self._take()
+    def _drain(self, hurried: bool = False) -> None:
+        with self._changed:
+            jobs, self._queue = self._split(hurried)
         try:
-            self._rounds.write(jobs)
+            self._rounds.write(jobs, hurried)
         finally:
             with self._changed:
                 for job in jobs:

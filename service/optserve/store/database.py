@@ -90,13 +90,16 @@ class Database(ABC):
     def integrity(self) -> Iterator[str]:
         """Yield a sentence for each fault that the database finds in itself."""
 
-    #: Whether a commit without a sync takes no longer than a few system calls, as a rule.
-    at_hand = False
     #: Whether :meth:`catch_up` is due.
     behind = False
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether a commit without a sync takes no longer than a few system calls, as a rule."""
+        return False
+
     def due(self) -> bool:
-        """Find out, right after a commit, whether :meth:`catch_up` is due."""
+        """Find out, right after a commit, whether :meth:`catch_up` is due; does not raise."""
         return False
 
     def catch_up(self) -> None:

@@ -32,20 +32,19 @@ class Rounds:
         self._writing = writing
         #: Sessions with a tail that a commit with an open outcome may have changed.
         self.unsure: set[Key] = set()
-        #: Who writes must not wait for a disk.
-        self.hurried = False
 
     def puts_off(self, job: Job) -> bool:
-        """Say whether ``job`` is for somebody who has more time."""
-        return self.hurried and any(
+        """Say whether ``job`` is for somebody who may wait for a disk."""
+        return any(
             item.error is not None
             or item.event.key in self.unsure
             or self._how(item, marked=False) != "os"
             for item in job.items
         )
 
-    def write(self, jobs: Sequence[Job]) -> None:
-        """Write and finish every event of ``jobs``."""
+    def write(self, jobs: Sequence[Job], hurried: bool) -> None:
+        """Write and finish every event of ``jobs``; ``hurried``: nothing else meanwhile."""
+        self._hurried = hurried
         todo = [item for job in jobs for item in job.items]
         try:
             for item in todo:
@@ -74,7 +73,7 @@ class Rounds:
     def open_outcome(self, keys: Sequence[Key]) -> None:
         """A commit may have happened or not: believe neither."""
         self.unsure.update(key for key in keys if self._tails.get(key) is not None)
-        self._writing.dirty.difference_update(keys)  # the next os event says it again, synced
+        self._writing.untold.update(keys)  # the next os event says it again, synced
 
     def reconcile(self, key: Key) -> None:
         with self._database.transaction() as tx:
@@ -96,7 +95,9 @@ class Rounds:
             before = reached.get(key, "os")
             how = self._how(item, key in marked)
             group = "synced" if how == "mark" or (how == "os" and before == "synced") else how
-            if before == "later" or order.index(group) < order.index(before):
+            # What is behind a mark comes into the tail, or has to know of it.
+            beside = key in marked and group != "tail"
+            if before == "later" or beside or order.index(group) < order.index(before):
                 reached[key] = "later"
                 later.append(item)
                 continue
@@ -114,7 +115,8 @@ class Rounds:
         key = item.event.key
         if not item.database_has:
             return "tail" if marked or self._tails.get(key) else "mark"
-        if item.durability == "os" and key in self._writing.dirty and item.event.kind != "rewind":
+        told = key in self._writing.dirty and key not in self._writing.untold
+        if item.durability == "os" and told and item.event.kind != "rewind":
             return "os"
         return "synced"
 
@@ -162,7 +164,7 @@ class Rounds:
 
     def _transact(self, items: list[Item], sync: bool) -> None:
         try:
-            with self._database.transaction(sync, self.hurried) as tx:
+            with self._database.transaction(sync, self._hurried) as tx:
                 for item in items:
                     self._one(tx, item, guarded=len(items) > 1)
         except Unavailable as exc:

@@ -111,6 +111,7 @@ class SqlStore:
                 tx.run(self._database.sql["suspect_os"], {"k_boot": boot})
             self._writing.boot = boot
             self._writing.dirty.clear()
+            self._writing.untold.clear()
 
     def close(self) -> None:
         if self._closed:

@@ -40,7 +40,6 @@ class Sqlite(Database):
     name = "sqlite"
     read_mode = ""
     error = sqlite3.Error
-    at_hand = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,9 +117,16 @@ class Sqlite(Database):
         except OSError as exc:
             raise Unavailable(f"{self.where} failed: {exc.strerror}") from exc
 
+    @property
+    def at_hand(self) -> bool:
+        return self._writer is not None  # else it is opened first, which waits for the disk
+
     def due(self) -> bool:
         """Say whether the log has grown."""
-        frames = self._log_frames()
+        try:
+            frames = self._log_frames()
+        except OSError:  # too many files are open
+            return True
         if frames < self._copied_frames:  # a new log was begun
             self._copied_frames = 0
         return frames >= self._copied_frames + CHECKPOINT_FRAMES
@@ -134,10 +140,11 @@ class Sqlite(Database):
         super().catch_up()
         if self._writer is None:  # who opens it anew copies everything
             return
-        frames = self._log_frames()
         try:
             self._writer.driver.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            self._copied_frames = frames
+            self._copied_frames = self._log_frames()
+        except OSError:
+            self._copied_frames = 0
         except sqlite3.Error:
             # What was committed is in the log, as safe as it should be. No later sync of this log
             # is to be believed: the next writer copies all of it anew.

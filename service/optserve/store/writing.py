@@ -54,6 +54,8 @@ class Writing:
         self._kept_rows = kept_rows
         #: Sessions with acknowledged ``os`` events that the medium need not have yet.
         self.dirty: set[Key] = set()
+        #: Those of them of which the database may not know it.
+        self.untold: set[Key] = set()
         self.top_epoch = 0
         self.last_place = 0
 
@@ -157,9 +159,13 @@ class Writing:
     def _dirty_with(self, tx: Connection, key: Key, durability: str, after: After) -> str | None:
         """What the session is once an event of this durability has committed."""
         if durability == "os":
-            after.calls.append(lambda: self.dirty.add(key))
+            after.calls.append(lambda: self._told(key))
             return self.boot
         return self._clean(tx, key, after)
+
+    def _told(self, key: Key) -> None:
+        self.dirty.add(key)
+        self.untold.discard(key)
 
     def _clean(self, tx: Connection, key: Key, after: After) -> str | None:
         """Make what came before as durable as the commit that follows, if that is possible."""
