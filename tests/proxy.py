@@ -13,11 +13,12 @@ import re
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any
+
+from tests.waiting import wait_until
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -166,10 +167,7 @@ class Proxy:
     def settle(self) -> None:
         """Let everything pass from now on, and return when all duplicates were answered."""
         self.quiet = True
-        until = time.monotonic() + 30
-        while self._replays:
-            assert time.monotonic() < until, f"{len(self._replays)} duplicates without an answer"
-            time.sleep(0.01)
+        wait_until(lambda: not self._replays, "the answer to a duplicate", 30)
 
     def __enter__(self) -> Proxy:
         self._thread.start()

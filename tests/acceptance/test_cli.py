@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +17,7 @@ import pytest
 
 import optserve
 from tests.serving import ROOT, ServerProcess, environment
+from tests.waiting import wait_until
 
 CREATE = {"optimizer": {"name": "SGD", "lr": 0.5}, "params": {"w": [1.0]}}
 STEP = b'{"grads": {"w": [1.0]}}'
@@ -249,12 +249,7 @@ def test_sigterm_lets_an_open_request_finish_and_refuses_new_ones() -> None:
 
 
 def _wait_until_draining(server: ServerProcess) -> None:
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        if httpx.get(f"{server.url}/readyz").status_code == 503:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the server still calls itself ready")
+    wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, "the stop")
 
 
 def test_draining_ends_after_drain_s() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from tests.forked import Forkery
 from tests.serving import ServerProcess, free_port
 from tests.specs import SPECS
 from tests.training import Trainer
+from tests.waiting import wait_until
 
 CREATE = {"optimizer": {"name": "SGD", "lr": 0.5}, "params": {"w": [1.0]}}
 STEP = b'{"grads": {"w": [1.0]}}'
@@ -59,13 +59,14 @@ def step(server: ServerProcess, session_id: str) -> httpx.Response:
 
 def until_refused(server: ServerProcess, session_id: str) -> httpx.Response:
     """Send steps until one is refused."""
-    until = time.monotonic() + LIMIT_S
-    while time.monotonic() < until:
-        answer = step(server, session_id)
-        if answer.status_code != 200:
-            return answer
-        time.sleep(0.01)
-    raise AssertionError("the server still takes steps")
+    answers: list[httpx.Response] = []
+
+    def refused() -> bool:
+        answers.append(step(server, session_id))
+        return answers[-1].status_code != 200
+
+    wait_until(refused, "the stop", LIMIT_S)
+    return answers[-1]
 
 
 def test_what_has_begun_is_finished_and_new_changes_are_refused(tmp_path: Path) -> None:
@@ -140,6 +141,14 @@ def test_an_orderly_stop_keeps_what_durability_memory_had(tmp_path: Path) -> Non
         assert (after["generation"], after["version"]) == (before["generation"], 1)
 
 
+def wait_for_changes(trainers: list[Trainer], count: int) -> None:
+    def made() -> int:
+        return sum(trainer.changes for trainer in trainers)
+
+    before = made()
+    wait_until(lambda: made() >= before + count, f"{count} changes", LIMIT_S)
+
+
 def test_clients_train_on_through_orderly_restarts(tmp_path: Path) -> None:
     port = free_port()
     flags = ("--port", str(port), "--threads", "1")
@@ -152,7 +161,7 @@ def test_clients_train_on_through_orderly_restarts(tmp_path: Path) -> None:
             trainer.start()
         for _ in range(6):
             with ServerProcess(*flags, data_dir=tmp_path, launch=forkery.launch) as server:
-                time.sleep(0.3)
+                wait_for_changes(trainers, 10)
                 assert server.stop() == 0, server.stderr()
                 assert '"level": "error"' not in server.stderr()
         with ServerProcess(*flags, data_dir=tmp_path, launch=forkery.launch):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tests.lives import TODAY, Life, Reference
 from tests.record import Figure
 from tests.serving import ServerProcess
 from tests.syscalls import Call
+from tests.waiting import wait_until
 from tests.zygote import Zygote
 
 CALLS = ("pwrite64", "write", "fdatasync", "fsync", "openat", "ftruncate", "unlink")
@@ -228,14 +228,15 @@ def failing_syncs(pid: int) -> Iterator[None]:
     calls = ["-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO"]
     process = subprocess.Popen([*strace, *calls])
     try:
-        until = time.monotonic() + 10
-        while not all(
-            f"TracerPid:\t{process.pid}\n" in (task / "status").read_text()
-            for task in Path(f"/proc/{pid}/task").iterdir()
-        ):
+
+        def attached() -> bool:
             assert process.poll() is None, "strace cannot attach"
-            assert time.monotonic() < until, "strace does not attach"
-            time.sleep(0.01)
+            return all(
+                f"TracerPid:\t{process.pid}\n" in (task / "status").read_text()
+                for task in Path(f"/proc/{pid}/task").iterdir()
+            )
+
+        wait_until(attached, "strace")
         yield
     finally:
         process.send_signal(signal.SIGINT)  # it lets go, and the process runs on

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from optserve.api.connection import Connection
+from tests.waiting import wait_until
 
 
 @contextmanager
@@ -27,10 +27,7 @@ def served(app: Any, **told: Any) -> Iterator[tuple[str, int]]:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        until = time.monotonic() + 10
-        while not server.started:
-            assert time.monotonic() < until, "uvicorn did not start"
-            time.sleep(0.005)
+        wait_until(lambda: server.started, "the start of uvicorn")
         yield listener.getsockname()
         server.should_exit = True
         thread.join(10)

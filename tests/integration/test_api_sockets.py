@@ -15,6 +15,7 @@ import pytest
 from optserve_client.wire import SAFETENSORS
 from tests.integration.api_client import CREATE, GRADS, frame, prefixed, unframe
 from tests.integration.api_uvicorn import Wire, served
+from tests.waiting import wait_until
 
 STEP = "/v1/sessions/s/step"
 
@@ -60,10 +61,7 @@ def test_a_step_that_arrived_whole_is_applied_although_nobody_waits(
 ) -> None:
     with Wire(address) as wire:
         wire.send(step_head(kind, len(BODIES[kind])) + BODIES[kind])
-    until = time.monotonic() + 10
-    while version(address) != 1:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: version(address) == 1)
 
 
 @pytest.mark.parametrize("kind", BODIES)

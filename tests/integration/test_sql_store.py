@@ -40,6 +40,7 @@ from tests.stores import (
     payload,
     snapshot,
 )
+from tests.waiting import wait_until
 
 A, B, C = (Key("default", name) for name in "abc")
 LIMIT_S = 60
@@ -908,10 +909,3 @@ def test_a_walk_does_not_hold_up_what_is_written(backend: Backend) -> None:
         filled(store, A, 2)
         assert [e.lsn for e in walk] == list(range(2, 300))
         assert lsns(store, A) == [1, 2]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "this takes too long"
-        time.sleep(0.005)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from optserve_client.errors import Unavailable
 
 #: Methods that change nothing; they are answered to the end.
@@ -17,15 +20,16 @@ class Drain:
         #: Requests that may change something and are not answered yet.
         self.open = 0
 
-    def begin(self, method: str) -> int:
-        """Count a request in, and return what :meth:`end` is to count out: 1 if it may change
-        something. Raises Unavailable for a new change once the stop has begun."""
+    @contextmanager
+    def change(self, method: str) -> Iterator[None]:
+        """Count a request while it runs; raises Unavailable for a new change once begun."""
         if method in READING:
-            return 0
+            yield
+            return
         if self.begun:
             raise Unavailable("the server is stopping and takes no new changes", retry_after=1)
         self.open += 1
-        return 1
-
-    def end(self, counted: int) -> None:
-        self.open -= counted
+        try:
+            yield
+        finally:
+            self.open -= 1

@@ -39,11 +39,8 @@ class Edge:
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         try:
-            counted = self.drain.begin(scope["method"])
-            try:
+            with self.drain.change(scope["method"]):
                 await self.app(scope, exchange.receive, exchange.send)
-            finally:
-                self.drain.end(counted)
         except ClientDisconnect:
             log.debug("client went away", path=scope["path"])
         except asyncio.CancelledError:  # the server stops and waited long enough

@@ -121,9 +121,7 @@ async def decode_step(request: Request, session: Session) -> Step:
     except BaseException:
         intake.abort()
         raise
-    if intake.prompt:
-        return intake.finish()
-    return await off_loop(intake.frame_bytes or 0, intake.finish)
+    return await off_loop(0 if intake.prompt else intake.frame_bytes or 0, intake.finish)
 
 
 def step_from_text(request: Request, session: Session, raw: BytesLike) -> Step:

@@ -16,22 +16,9 @@ import torch
 
 from optserve.optim import rounding
 from optserve.optim.layout import Layout
+from optserve.optim.rounding import TORCH_DTYPES
 from optserve_client import wire
 from optserve_client.errors import Unavailable
-
-TORCH_DTYPES = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}
-WIRE_TAGS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def to_wire(tensor: torch.Tensor) -> wire.Tensor:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from optserve.optim import catalogue
-from optserve.optim.arena import TORCH_DTYPES, from_wire, to_wire
+from optserve.optim.arena import from_wire, to_wire
 from optserve.optim.averages import arena_of
 from optserve.optim.engine import Engine
 from optserve.optim.hyper import FLAGS
 from optserve.optim.layout import Layout
 from optserve.optim.recipe import Recipe
+from optserve.optim.rounding import TORCH_DTYPES
 from optserve.optim.tree import flatten, unflatten
 from optserve_client import wire
 

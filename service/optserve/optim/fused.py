@@ -1,7 +1,7 @@
 """torch's fused Adam, called without what Python does around the kernel.
 
 ``torch.optim.Adam.step`` gathers state, sorts it by device and dtype and checks flags anew in each
-step: of a small session that takes twenty times as long as the kernel. Nothing of it can change
+step: of a small session that takes many times as long as the kernel. Nothing of it can change
 between two steps here. The parity tests hold every number of this against torch's own.
 """
 

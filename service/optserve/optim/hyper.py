@@ -21,7 +21,7 @@ def shown(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Shown:
-    """The same for all param_groups of an optimizer, made anew where a value is another one."""
+    """What :func:`shown` makes of an optimizer's param_groups, anew only where a value changed."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[list[Any], dict[str, Any]]] = {}

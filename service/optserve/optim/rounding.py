@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 #: By wire tag.
-FLOATS = {
+TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,21 +35,21 @@ def converted(source: memoryview, have: str, want: str) -> np.ndarray[Any, np.dt
         piece = raw[at : at + size]
         # Of what is read-only torch would warn.
         elements = torch.from_numpy(piece if piece.flags.writeable else piece.copy())
-        to = torch.from_numpy(made[at : at + size]).view(FLOATS[want])
-        to.copy_(elements.view(FLOATS[have]))
+        to = torch.from_numpy(made[at : at + size]).view(TORCH_DTYPES[want])
+        to.copy_(elements.view(TORCH_DTYPES[have]))
     return made.view(np.uint8)
 
 
 def _dtype(tag: str) -> np.dtype[Any]:
     """Return a dtype of the same size that numpy and torch both have."""
-    return np.dtype(f"i{FLOATS[tag].itemsize}")
+    return np.dtype(f"i{TORCH_DTYPES[tag].itemsize}")
 
 
 def widen(wide: torch.Tensor, source: memoryview, have: str) -> None:
     """Fill ``wide`` with elements of the narrower dtype ``have``, which lie at its end."""
     if not source:
         return
-    wide, narrow = wide.view(-1), torch.frombuffer(source, dtype=FLOATS[have])
+    wide, narrow = wide.view(-1), torch.frombuffer(source, dtype=TORCH_DTYPES[have])
     # From the front: what is written must stay behind what is still to be read.
     grows = wide.itemsize - narrow.itemsize
     at = 0

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 from optserve.optim.arena import GradientPool
@@ -83,8 +82,6 @@ class Holding:
         self._owner_epoch = owner_epoch
         self._state: SessionState | None = None
         self._nbytes: int = row.about["resident_bytes"]
-        #: Of what the row's ``about`` was made, all of it immutable, and that.
-        self._told: tuple[tuple[Any, ...], dict[str, Any]] = ((None,) * 4, {})
         if state is not None:
             self._adopt(state)
 
@@ -156,14 +153,8 @@ class Holding:
 
     def news(self, state: SessionState) -> dict[str, Any] | None:
         """Return what is known of the session if a commit changes it."""
-        about = self._about(state)
-        return about if about is not self.row.about and about != self.row.about else None
-
-    def _about(self, state: SessionState) -> dict[str, Any]:
-        made_of = (state.config, state.generation, state.layout, self._nbytes)
-        if not all(map(is_, made_of, self._told[0])):
-            self._told = made_of, describe.about(state, self._nbytes)
-        return self._told[1]
+        about = describe.about(state, self._nbytes)
+        return about if about != self.row.about else None
 
     def show(self, state: SessionState) -> None:
         """Make the last commit visible to those who do not wait for a turn."""
@@ -179,7 +170,7 @@ class Holding:
             updates=state.updates,
             created=state.created,
             changed=state.changed,
-            about=self._about(state),
+            about=describe.about(state, self._nbytes),
             durability=state.config["durability"],
         )
 

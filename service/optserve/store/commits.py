@@ -22,7 +22,7 @@ from optserve.store.jobs import Item, Job, database_has
 from optserve.store.placing import Placed, Placing
 from optserve.store.rounds import Rounds
 from optserve.store.tail import Tails
-from optserve.store.writing import After, Writing
+from optserve.store.writing import After
 from optserve_client.errors import OptserveError, Unavailable
 
 #: Where a thread that must not wait for a disk waited for longer than this, it leaves its commits
@@ -34,11 +34,9 @@ ASKED_S = 0.1
 
 
 class Commits:
-    """The queue, and the one place where anything is written."""
+    """The queue of what is to be written, and who writes."""
 
-    def __init__(
-        self, database: Database, placing: Placing, tails: Tails, writing: Writing
-    ) -> None:
+    def __init__(self, database: Database, placing: Placing, tails: Tails, rounds: Rounds) -> None:
         self._database = database
         self._placing = placing
         self._tails = tails
@@ -48,7 +46,7 @@ class Commits:
         self._busy: Counter[Key] = Counter()
         #: Who holds it writes.
         self._writer = threading.Lock()
-        self._rounds = Rounds(database, placing, tails, writing)
+        self._rounds = rounds
         self._settlers = ThreadPoolExecutor(2, thread_name_prefix="store-settle")
         #: When somebody was asked to call :meth:`_hurry`, on the monotonic clock, as is:
         self._asked = -math.inf

@@ -32,6 +32,7 @@ class Rounds:
         self._writing = writing
         #: Sessions with a tail that a commit with an open outcome may have changed.
         self.unsure: set[Key] = set()
+        self._hurried = False
 
     def puts_off(self, job: Job) -> bool:
         """Say whether ``job`` is for somebody who may wait for a disk."""

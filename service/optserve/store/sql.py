@@ -32,6 +32,7 @@ from optserve.store.files import PayloadFiles
 from optserve.store.migrations import prepare
 from optserve.store.placing import Placing
 from optserve.store.reading import Reading
+from optserve.store.rounds import Rounds
 from optserve.store.schema import RELEASE
 from optserve.store.tail import Tails
 from optserve.store.writing import Writing, of
@@ -63,7 +64,8 @@ class SqlStore:
         self._reading = Reading(database, self._placing, self._tails)
         self._recover()
         database.reopened = self._reopened
-        self._commits = Commits(database, self._placing, self._tails, self._writing)
+        rounds = Rounds(database, self._placing, self._tails, self._writing)
+        self._commits = Commits(database, self._placing, self._tails, rounds)
 
     # --- begin and end ---
 
