@@ -24,7 +24,7 @@ import torch
 import xxhash
 
 from optserve.sessions import frames, operations
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.reply import Reply
 from optserve.store.opening import open_store

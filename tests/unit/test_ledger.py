@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optserve.sessions import ledger as ledger_module
-from optserve.sessions.ledger import KEY_LIFE_S, Duplicate, Identity, Ledger
+from optserve.sessions.identity import Duplicate, Identity
+from optserve.sessions.ledger import KEY_LIFE_S, Ledger
 from optserve_client.errors import Conflict, Fenced, Invalid, KeyReused, OutOfSequence
 
 NOW = 1_700_000_000.0

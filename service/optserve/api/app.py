@@ -25,6 +25,7 @@ from optserve.api import (
     state,
     step,
     versions,
+    workers,
 )
 from optserve.api.draining import Drain
 from optserve.api.edge import Edge
@@ -42,6 +43,7 @@ MODULES = (
     scheduler,
     history,
     versions,
+    workers,
     state,
     catalogue,
     docs_page,

@@ -17,7 +17,7 @@ from optserve.api.waiting import done
 from optserve.optim import catalogue
 from optserve.optim.preview import preview
 from optserve.sessions.fields import Fields
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.operations import AdvanceScheduler, SetScheduler
 from optserve_client.errors import (
     Conflict,

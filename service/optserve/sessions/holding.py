@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from optserve.optim.arena import GradientPool
-from optserve.sessions import describe
+from optserve.sessions import describe, workers
+from optserve.sessions.alarms import Alarms
 from optserve.sessions.lending import Loan
 from optserve.sessions.past import Past
 from optserve.sessions.published import Published
 from optserve.sessions.recovery import read_back
 from optserve.sessions.residency import Residents
 from optserve.sessions.snapshots import Snapshots
-from optserve.sessions.state import SessionState
+from optserve.sessions.state import SessionState, expected_of
 from optserve.sessions.step import Expected
 from optserve.sessions.turn import Executor
 from optserve.sessions.weights import publish
@@ -44,6 +45,7 @@ class Home:
     scribes: Executor
     #: Where snapshots are made durable.
     background: Executor
+    alarms: Alarms
     residents: Residents
 
 
@@ -68,6 +70,8 @@ class Holding:
         self.row = row
         #: None: the session was never read back by this process.
         self.shape: Shape | None = None
+        #: The session collects pushes in rounds; known with ``shape``.
+        self.gathers = False
         #: Config, dtype and shapes as created; known with ``shape``.
         self.origin: Mapping[str, Any] = {}
         #: The live params of the current version, as long as somebody reads them.
@@ -160,9 +164,14 @@ class Holding:
         """Make the last commit visible to those who do not wait for a turn."""
         self.origin = state.origin
         # One assignment each: who reads while another thread commits sees all of it or nothing.
-        if self.shape is None or self.shape.pool is not state.engine.pool:
-            expected = Expected(layout=state.layout, sparse=state.engine.recipe.sparse)
-            self.shape = Shape(expected, state.engine.pool)
+        known = self.shape
+        if (
+            known is None
+            or known.pool is not state.engine.pool
+            or known.expected.kind != workers.kind(state.config)
+        ):
+            self.shape = Shape(expected_of(state), state.engine.pool)
+        self.gathers = workers.rounds(state.config) is not None
         self.row = SessionRow(
             key=self.row.key,
             last_lsn=state.lsn,
@@ -198,6 +207,12 @@ class Holding:
         knows better."""
         if (loan := self._lent()) is not None:
             loan.settle()
+        with self.committing():
+            yield
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """An event is committed in here. Whatever raises may have left it committed or not."""
         try:
             yield
         except BaseException:
@@ -215,7 +230,7 @@ class Holding:
         if state is None:
             self._home.residents.release(self.row.key)
             return True
-        if self.snapshots.under_way:
+        if self.snapshots.under_way or state.round.open:
             return False
         if self._only_here():
             self.snapshots.write(state)
@@ -234,5 +249,5 @@ class Holding:
         """Write a snapshot if that spares the next start a replay, or loses it nothing."""
         if self._only_here():
             self.snapshots.write(self.loaded(put_away))
-        elif self._state is not None and self.snapshots.behind:
+        elif self._state is not None and self.snapshots.behind and not self._state.round.open:
             self.snapshots.write(self._state)

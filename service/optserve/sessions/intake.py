@@ -37,9 +37,10 @@ _PREFIX_BYTES = 8
 class StepIntake:
     """Parses one safetensors body. Feed it, then finish or abort; whatever raises has aborted.
 
-    Tensors: ``grad/<name>``; ``sparse/<name>/indices`` (int64 ``[n, nnz]``) and
-    ``sparse/<name>/values``; ``param/<name>`` for those params that replace the session's. A
-    gradient goes into place as it arrives; a narrower one waits there until the update wants it.
+    Tensors: ``grad/<name>``, or ``delta/<name>`` as the session wants; ``sparse/<name>/indices``
+    (int64 ``[n, nnz]``) and ``sparse/<name>/values``; ``param/<name>`` for those params that
+    replace the session's. A gradient goes into place as it arrives; a narrower one waits there
+    until the update wants it.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class StepIntake:
         buffer = self._buffer = self._lease()
         for info in header.tensors:
             kind, _, name = info.name.partition("/")
-            if kind == "grad":
+            if kind == self._expected.kind:
                 same = info.dtype == self._expected.layout.dtype
                 target = buffer.view(name) if same else buffer.narrow(name, info.dtype)
             else:
@@ -176,7 +177,7 @@ class StepIntake:
         for info in header.tensors:
             what = shown(info.name)
             kind, _, name = info.name.partition("/")
-            if kind == "grad":
+            if kind == expected.kind:
                 expected.check_dense(name, what)
                 dense.add(name)
                 self._check_tensor(info, expected.slot_shape(name, what), what)
@@ -188,7 +189,7 @@ class StepIntake:
                 halves.setdefault(name, {})[half] = info
             else:
                 raise Invalid(
-                    f"tensor {what} must be called grad/<name>, param/<name>, "
+                    f"tensor {what} must be called {expected.kind}/<name>, param/<name>, "
                     "sparse/<name>/indices or sparse/<name>/values"
                 )
         for name, pair in halves.items():

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from optserve.sessions import describe
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.replay import replay
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change

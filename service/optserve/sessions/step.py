@@ -69,8 +69,15 @@ class Expected:
 
     layout: Layout
     sparse: frozenset[str]
+    #: What dense tensors are: ``grad`` or, where workers push what they changed, ``delta``.
+    kind: str = "grad"
     #: Tensors of the last body that was found to be complete: from step to step they are the same.
     known: list[tuple[wire.TensorInfo, ...]] = field(default_factory=list, compare=False)
+
+    @property
+    def plural(self) -> str:
+        """What a JSON body calls them all."""
+        return f"{self.kind}s"
 
     def slot_shape(self, name: str, what: str) -> tuple[int, ...]:
         slot = self.layout.by_name.get(name)
@@ -134,17 +141,17 @@ def step_from_json(
     writer: OpenWriter,
     digest: bytes,
 ) -> Step:
-    """Return the step in a parsed JSON body: ``grads``, ``params`` and the fields of StepFields.
+    """Return the step in a parsed JSON body: ``grads`` (or ``deltas``), ``params`` and StepFields.
 
     Numbers are decoded into the leased buffer, and a frame of the same content is written for the
     journal. Raises Invalid and MissingGradient; a buffer that was leased is given back then.
     """
-    layout = expected.layout
-    grads = _named_tensors(body, "grads")
-    fields = StepFields.parse({k: v for k, v in body.items() if k not in {"grads", "params"}})
+    layout, plural = expected.layout, expected.plural
+    grads = _named_tensors(body, plural)
+    fields = StepFields.parse({k: v for k, v in body.items() if k not in {plural, "params"}})
     given = {name: value for name, value in grads.items() if value is not None}
     for name, value in grads.items():
-        what = f"grads[{shown(name)}]"
+        what = f"{plural}[{shown(name)}]"
         if isinstance(value, dict) and "indices" in value:
             expected.check_sparse(name, what)
         elif value is None:
@@ -163,9 +170,9 @@ def step_from_json(
         frame: dict[str, wire.Tensor] = {}
         for name, value in given.items():
             if name not in expected.sparse:
-                tensor = _read(value, f"grads[{shown(name)}]", layout.dtype, expected, name)
+                tensor = _read(value, f"{plural}[{shown(name)}]", layout.dtype, expected, name)
                 buffer.view(name)[:] = wire.as_bytes(tensor)
-                frame[f"grad/{name}"] = buffer.array(name)
+                frame[f"{expected.kind}/{name}"] = buffer.array(name)
         for name, coo in coos.items():
             frame[f"sparse/{name}/indices"] = coo.indices
             frame[f"sparse/{name}/values"] = coo.values
@@ -204,7 +211,7 @@ def _read(value: Any, what: str, dtype: str, expected: Expected, name: str) -> w
 
 
 def _read_sparse(value: Mapping[str, Any], name: str, expected: Expected) -> Sparse:
-    what, shape = f"grads[{shown(name)}]", expected.layout.by_name[name].shape
+    what, shape = f"{expected.plural}[{shown(name)}]", expected.layout.by_name[name].shape
     if value.keys() != {"indices", "values", "shape"}:
         raise Invalid(
             f"{what} must have exactly the keys indices, values and shape, got {shown(list(value))}"

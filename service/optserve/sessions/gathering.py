@@ -1,0 +1,250 @@
+"""The rounds of one session as they happen: pushes that wait for the others, and the deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from optserve.sessions import rounds, workers
+from optserve.sessions.alarms import Alarms
+from optserve.sessions.committing import Committer
+from optserve.sessions.fields import StepFields
+from optserve.sessions.holding import Holding
+from optserve.sessions.identity import Identity
+from optserve.sessions.published import Published
+from optserve.sessions.reply import Pending, Reply, counters, step_reply
+from optserve.sessions.state import SessionState
+from optserve.sessions.step import Step
+from optserve.sessions.stepping import Change
+from optserve.sessions.turn import Back, Turn, Waiting
+from optserve_client.errors import (
+    OptserveError,
+    OutOfSpace,
+    RoundFailed,
+    SessionNotFound,
+    Unavailable,
+)
+
+log = structlog.get_logger(__name__)
+
+#: How long a push waits that does not say, after the deadline.
+PATIENCE_S = 5.0
+#: When a round is looked at again that could not be ended in time.
+AGAIN_S = 1.0
+NOBODY = Identity()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Waiter:
+    """A request that waits for the end of the round."""
+
+    worker: str
+    seq: int
+    fields: StepFields
+    duplicate: bool
+    future: Future[Reply]
+
+
+class Gathering:
+    """The open round of a session and who waits for it; under the session's turn.
+
+    ``load`` returns the state, read back if need be.
+    """
+
+    def __init__(
+        self,
+        held: Holding,
+        committer: Committer,
+        turn: Turn,
+        alarms: Alarms,
+        load: Callable[[], SessionState],
+    ) -> None:
+        self._held = held
+        self._committer = committer
+        self._turn = turn
+        self._alarms = alarms
+        self._load = load
+        self._waiters: list[_Waiter] = []
+        #: Number and deadline of the round that an alarm is set for.
+        self._watched: tuple[int, float] | None = None
+
+    # --- a push ----------------------------------------------------------------------------------
+
+    def push(
+        self, state: SessionState, step: Step, identity: Identity, back: Back | None
+    ) -> Waiting[tuple[Reply, bool]]:
+        """Commit a push, and close the round if it was the last one; return the reply and whether
+        the journal has the payload."""
+        change = rounds.push(state, step, identity)
+        self._held.own()
+        with self._held.committing():
+            scalars = yield from self._committer.commit(state, change, identity, 0.0, back=back)
+        if change.kind == "skip":
+            publish = lambda: self._held.publish(state, "live")
+            return step_reply(step.fields, scalars, publish), False
+        reply = self._wait(state, step.fields, identity, scalars, duplicate=False)
+        yield from self.settle(state, back)
+        return reply, True
+
+    def join(
+        self,
+        state: SessionState,
+        step: Step,
+        identity: Identity,
+        scalars: dict[str, Any],
+        back: Back | None,
+    ) -> Waiting[Reply]:
+        """Wait with a push that the open round has already."""
+        reply = self._wait(state, step.fields, identity, scalars, duplicate=True)
+        yield from self.settle(state, back)  # if the last push could not close it
+        return reply
+
+    def _wait(
+        self,
+        state: SessionState,
+        fields: StepFields,
+        identity: Identity,
+        scalars: dict[str, Any],
+        *,
+        duplicate: bool,
+    ) -> Reply:
+        assert identity.worker is not None
+        assert identity.seq is not None
+        future: Future[Reply] = Future()
+        wait_s = fields.wait_s
+        if wait_s is None:
+            left_s = state.round.deadline(rounds.rules(state)) - time.time()
+            wait_s = max(left_s, 0.0) + PATIENCE_S
+        waiter = _Waiter(
+            worker=identity.worker,
+            seq=identity.seq,
+            fields=fields,
+            duplicate=duplicate,
+            future=future,
+        )
+        self._waiters = [*(w for w in self._waiters if not w.future.cancelled()), waiter]
+        scalars = {**scalars, "round": rounds.progress(state)}
+        return Reply(scalars=scalars, pending=Pending(future=future, wait_s=wait_s))
+
+    # --- the end of a round ----------------------------------------------------------------------
+
+    def settle(self, state: SessionState, back: Back | None = None) -> Waiting[None]:
+        """Close the round if enough have pushed; see to it that it ends in time if not."""
+        how = workers.rounds(state.config)
+        if how is None or not state.round.open:
+            return
+        if len(state.round.contributions) >= how["count"]:
+            yield from self._close(state, "count", back)
+        else:
+            self.watch(state)
+
+    def watch(self, state: SessionState) -> None:
+        """Set an alarm for the deadline of the open round; wake those whose push is in none."""
+        if state.round.open and (how := workers.rounds(state.config)) is not None:
+            watched = (state.round.number, state.round.deadline(how))
+            if watched != self._watched:
+                self._watched = watched
+                self._alarms.after(max(watched[1] - time.time(), 0.0), self._alarm)
+        if self._waiters:
+            lost = [w for w in self._waiters if not state.round.holds(w.worker, w.seq)]
+            self._answer(lost, Unavailable("the push has to be sent again", retry_after=1))
+
+    def _alarm(self) -> None:
+        try:
+            self._turn.run(self._due)
+        except Unavailable:  # too many requests wait
+            self._alarms.after(AGAIN_S, self._alarm)
+
+    def _due(self) -> Waiting[None]:
+        """End the round if its time is over."""
+        self._watched = None
+        try:
+            state = self._load()
+            how = workers.rounds(state.config)
+            if how is None or not state.round.open:
+                return
+            if state.round.deadline(how) > time.time():
+                self.watch(state)
+            elif len(state.round.contributions) >= how["quorum"]:
+                yield from self._close(state, "deadline", None)
+            else:
+                why = (
+                    f"{len(state.round.contributions)} of {how['count']} workers had pushed after "
+                    f"{how['deadline_s']:g} s, {how['quorum']} are needed"
+                )
+                yield from self.fail(state, why)
+        except SessionNotFound as exc:
+            self.end(exc)
+        except OptserveError as exc:
+            log.warning("a round could not be ended", why=exc.detail)
+            self._alarms.after(AGAIN_S, self._alarm)
+
+    def _close(self, state: SessionState, by: str, back: Back | None) -> Waiting[None]:
+        wants_delta = any(w.fields.return_ == "delta" for w in self._waiters)
+        before = self._held.publish(state, "live") if wants_delta else None
+        try:
+            with self._held.changing():
+                began = time.perf_counter()
+                change = rounds.close(state, by)
+                seconds = time.perf_counter() - began
+                made = state.version + 1
+                yield from self._committer.commit(state, change, NOBODY, seconds, back=back)
+        except (Unavailable, OutOfSpace) as exc:  # it may go better later
+            self._answer(list(self._waiters), exc)
+            self._alarms.after(AGAIN_S, self._alarm)
+            raise
+        except Exception as exc:  # it would go wrong again
+            why = exc.detail if isinstance(exc, OptserveError) else repr(exc)
+            log.warning("a round fails", session=self._held.row.key.session, why=why)
+            yield from self.fail(self._load(), why)
+            return
+        self._watched = None
+        self._held.snapshots.write_if_due(state)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            self._tell(waiter, state, change, made, before)
+
+    def _tell(
+        self,
+        waiter: _Waiter,
+        state: SessionState,
+        change: Change,
+        made: int,
+        before: Published | None,
+    ) -> None:
+        if not waiter.future.set_running_or_notify_cancel():
+            return
+        scalars = {
+            **counters(self._held.row.key.session, state, made),
+            **change.reply,
+            "duplicate": waiter.duplicate,
+        }
+        try:
+            current = lambda: self._held.publish(state, "live")
+            waiter.future.set_result(step_reply(waiter.fields, scalars, current, before))
+        except Exception as exc:  # the round is closed, whatever becomes of an answer
+            waiter.future.set_exception(exc)
+
+    def fail(self, state: SessionState, why: str) -> Waiting[None]:
+        """Drop the open round, and say so to all who wait for it."""
+        number = state.round.number
+        with self._held.committing():
+            yield from self._committer.commit(state, rounds.fail(state, why), NOBODY, 0.0)
+        self._watched = None
+        told = f"round {number} failed: {why}"
+        self._answer(list(self._waiters), RoundFailed(told, version=state.version, round=number))
+
+    def end(self, error: OptserveError) -> None:
+        """Nobody waits any longer."""
+        self._answer(list(self._waiters), error)
+
+    def _answer(self, waiters: list[_Waiter], error: OptserveError) -> None:
+        self._waiters = [waiter for waiter in self._waiters if waiter not in waiters]
+        for waiter in waiters:
+            if waiter.future.set_running_or_notify_cancel():
+                waiter.future.set_exception(type(error)(error.detail, **error.extra))
