@@ -204,7 +204,7 @@ class Ledger:
         if result.digest != digest:
             raise KeyReused(f"worker {worker!r} sent seq {seq} before with another payload", **at)
         if result.failed:
-            raise RoundFailed(f"the round that seq {seq} of worker {worker!r} went into failed", **at)
+            raise RoundFailed(f"the round of seq {seq} of worker {worker!r} failed", **at)
         return result.duplicate()
 
     def commit(
