@@ -206,6 +206,7 @@ class Gathering:
     def _close(self, state: SessionState, by: str, back: Back | None) -> Waiting[None]:
         wants_delta = any(w.fields.return_ == "delta" for w in self._waiters)
         before = self._held.publish(state, "live") if wants_delta else None
+        pushes = state.round.contributions
         try:
             with self._held.changing():
                 began = time.perf_counter()
@@ -226,13 +227,13 @@ class Gathering:
         self._held.snapshots.write_if_due(state)
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            self._tell(waiter, state, change, made, before)
+            self._tell(waiter, state, pushes[waiter.worker].answer(change.reply), made, before)
 
     def _tell(
         self,
         waiter: _Waiter,
         state: SessionState,
-        change: Change,
+        answer: Mapping[str, Any],
         made: int,
         before: Published | None,
     ) -> None:
@@ -240,12 +241,14 @@ class Gathering:
             return
         scalars = {
             **counters(self._held.row.key.session, state, made),
-            **change.reply,
+            **answer,
             "duplicate": waiter.duplicate,
         }
+        wants_delta = waiter.fields.return_ == "delta" and not waiter.duplicate
         try:
             current = lambda: self._held.publish(state, "live")
-            waiter.future.set_result(step_reply(waiter.fields, scalars, current, before))
+            told = step_reply(waiter.fields, scalars, current, before if wants_delta else None)
+            waiter.future.set_result(told)
         except Exception as exc:  # the round is closed, whatever becomes of an answer
             waiter.future.set_exception(exc)
 
