@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from optserve_client import _arguments, _calls, _transport, wire
-from optserve_client._exchange import Retry, Sleep
+from optserve_client._exchange import Retry, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
@@ -37,6 +37,7 @@ class AsyncClient:
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
         self._transport = _transport.awaited(url, timeout, headers, transport)
+        self._patience_s = _arguments.patience_s(timeout)
         self._server = _transport.place(url, transport)
 
     @property
@@ -67,6 +68,7 @@ class AsyncClient:
         name: str | None = None,
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
+        workers: Mapping[str, Any] | None = None,
         **hyperparameters: Any,
     ) -> AsyncSession:
         fields = _arguments.given(
@@ -88,6 +90,7 @@ class AsyncClient:
             name=name,
             notes=notes,
             tags=tags,
+            workers=workers,
         )
         reply = await self._run(_calls.create(id, optimizer, params, fields, hyperparameters))
         return AsyncSession(self, self._lanes.opened(reply), reply)
@@ -170,7 +173,9 @@ class AsyncClient:
             return await self._drive(call, lane)
 
     async def _drive(self, call: Call[T], lane: Lane | None) -> T:
-        steps = perform(call, self._retry, lane)
+        return await self._play(perform(call, self._retry, lane))
+
+    async def _play(self, steps: Steps[T]) -> T:
         try:
             effect = next(steps)
             while True:
@@ -211,8 +216,9 @@ class AsyncSession:
 
     async def step(
         self,
-        grads: Mapping[str, Any],
+        grads: Mapping[str, Any] | None = None,
         *,
+        deltas: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         none: Iterable[str] | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -220,6 +226,8 @@ class AsyncSession:
         metrics: Mapping[str, float] | None = None,
         loss_scale: float | None = None,
         base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
         dry_run: bool = False,
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
@@ -233,10 +241,21 @@ class AsyncSession:
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
             return_dtype=return_dtype,
         )
         return await self._client._run(
-            _calls.step(self.id, grads, params, none or (), fields, self._dtype)
+            _calls.step(
+                self.id,
+                grads,
+                deltas,
+                params,
+                none or (),
+                fields,
+                self._dtype,
+                patience_s=self._client._patience_s,
+            )
         )
 
     async def params(

@@ -33,8 +33,9 @@ class Session:
 
     def step(
         self,
-        grads: Mapping[str, Any],
+        grads: Mapping[str, Any] | None = None,
         *,
+        deltas: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         none: Iterable[str] | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -42,6 +43,8 @@ class Session:
         metrics: Mapping[str, float] | None = None,
         loss_scale: float | None = None,
         base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
         dry_run: bool = False,
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
@@ -60,7 +63,14 @@ class Session:
                 step whose loss overflowed under ``loss_scale`` is still skipped by the server.
             metrics: Further named values; those that are not finite are not sent either.
             loss_scale: What the gradients were multiplied by.
-            base_version: Refuse the step if the session has another version by now.
+            deltas: Instead of ``grads`` where the session's workers push deltas: what the params
+                are now minus what they were when they were pulled.
+            base_version: Version of the params that the gradient was computed at. A session of
+                several workers needs it; any other refuses the step if it has another one by now.
+            weight: Of this gradient in a weighted mean, such as its number of samples.
+            wait_s: How long to wait for the other workers of a round: if it is still open then,
+                the result has ``applied`` False, no params, and ``round`` says how far it is. By
+                default as long as it takes.
             dry_run: Show what would happen; change nothing.
             returns: What the result's ``params`` hold.
             return_dtype: In which dtype, rounded if it is narrower.
@@ -74,10 +84,21 @@ class Session:
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
             return_dtype=return_dtype,
         )
         return self._client._run(
-            _calls.step(self.id, grads, params, none or (), fields, self._dtype)
+            _calls.step(
+                self.id,
+                grads,
+                deltas,
+                params,
+                none or (),
+                fields,
+                self._dtype,
+                patience_s=self._client._patience_s,
+            )
         )
 
     def params(

@@ -169,7 +169,9 @@ class Ledger:
         at = {"epoch": current, "last_seq": last}
         known = self._workers.get(worker)
         if known is not None and known.removed:
-            raise Fenced(f"worker {worker!r} was removed; it has to register again", **at)
+            raise Fenced(
+                f"worker {worker!r} was removed; it has to register again", **at, removed=True
+            )
         if epoch is not None and epoch < current:
             raise Fenced(
                 f"worker {worker!r} sent epoch {epoch}, the current one is {current}", **at
