@@ -114,10 +114,11 @@ async def stepped(request: Request, session: Session, step: Step, key: str | Non
 
 async def closed(request: Request, reply: Reply, pending: Pending) -> Reply:
     """Return the reply at the end of the round, or ``reply`` if that takes too long."""
+    if pending.future.done():
+        return pending.future.result()
     try:
-        if pending.future.done() or pending.wait_s > 0:
-            ended = asyncio.wrap_future(pending.future)
-            return await asyncio.wait_for(ended, pending.wait_s)
+        if pending.wait_s > 0:
+            return await asyncio.wait_for(asyncio.wrap_future(pending.future), pending.wait_s)
     except TimeoutError:
         pass
     pending.future.cancel()

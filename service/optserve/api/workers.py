@@ -64,7 +64,7 @@ async def list_workers(session_id: SessionId, request: Request, media: JsonMedia
 
 
 @routes.delete(
-    "/v1/sessions/{session_id}/workers/{worker}",
+    "/v1/sessions/{session_id}/workers/{name}",
     **operation(
         "Remove a worker",
         reply="WorkerReply",
@@ -73,11 +73,11 @@ async def list_workers(session_id: SessionId, request: Request, media: JsonMedia
     ),
 )
 async def remove_worker(
-    session_id: SessionId, worker: WorkerName, request: Request, media: Media, claim: Claim
+    session_id: SessionId, name: WorkerName, request: Request, media: Media, claim: Claim
 ) -> Response:
     """What it still sends is refused until it registers again. Its push stays in the open round."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "workers", needs=None)
     incoming.check_empty()
-    reply = session.change(Remove(worker=worker), incoming.identity)
+    reply = session.change(Remove(worker=name), incoming.identity)
     return await encode_reply(media, await done(reply))

@@ -59,5 +59,6 @@ class Committer:
             self._held.unpublish()
         self._held.show(state)
         self._held.snapshots.count(event, seconds)
-        self._held.apply_s = seconds
+        # What is no update tells little about the next one, which may be done by the event loop.
+        self._held.apply_s = seconds if change.updates else max(seconds, self._held.apply_s)
         return {**counters(self._key.session, state, made), **reply}

@@ -19,7 +19,6 @@ from optserve.sessions.identity import Identity
 from optserve.sessions.published import Published
 from optserve.sessions.reply import Pending, Reply, counters, step_reply
 from optserve.sessions.state import SessionState
-from optserve.sessions.step import Step
 from optserve.sessions.stepping import Change
 from optserve.sessions.turn import Back, Turn, Waiting
 from optserve_client.errors import (
@@ -76,31 +75,33 @@ class Gathering:
     # --- a push ----------------------------------------------------------------------------------
 
     def push(
-        self, state: SessionState, step: Step, identity: Identity, back: Back | None
-    ) -> Waiting[tuple[Reply, bool]]:
-        """Commit a push, and close the round if it was the last one; return the reply and whether
-        the journal has the payload."""
-        change = rounds.push(state, step, identity)
+        self,
+        state: SessionState,
+        change: Change,
+        fields: StepFields,
+        identity: Identity,
+        back: Back | None,
+    ) -> Waiting[Reply]:
+        """Commit a push, and close the round if it was the last one."""
         self._held.own()
         with self._held.committing():
             scalars = yield from self._committer.commit(state, change, identity, 0.0, back=back)
         if change.kind == "skip":
-            publish = lambda: self._held.publish(state, "live")
-            return step_reply(step.fields, scalars, publish), False
-        reply = self._wait(state, step.fields, identity, scalars, duplicate=False)
+            return step_reply(fields, scalars, lambda: self._held.publish(state, "live"))
+        reply = self._wait(state, fields, identity, scalars, duplicate=False)
         yield from self.settle(state, back)
-        return reply, True
+        return reply
 
     def join(
         self,
         state: SessionState,
-        step: Step,
+        fields: StepFields,
         identity: Identity,
         scalars: dict[str, Any],
         back: Back | None,
     ) -> Waiting[Reply]:
         """Wait with a push that the open round has already."""
-        reply = self._wait(state, step.fields, identity, scalars, duplicate=True)
+        reply = self._wait(state, fields, identity, scalars, duplicate=True)
         yield from self.settle(state, back)  # if the last push could not close it
         return reply
 

@@ -70,8 +70,9 @@ class Holding:
         self.row = row
         #: None: the session was never read back by this process.
         self.shape: Shape | None = None
-        #: The session collects pushes in rounds; known with ``shape``.
-        self.gathers = False
+        #: Several workers push into the session; it collects their pushes in rounds. Known with
+        #: ``shape``.
+        self.shared = self.gathers = False
         #: Config, dtype and shapes as created; known with ``shape``.
         self.origin: Mapping[str, Any] = {}
         #: The live params of the current version, as long as somebody reads them.
@@ -171,6 +172,7 @@ class Holding:
             or known.expected.kind != workers.kind(state.config)
         ):
             self.shape = Shape(expected_of(state), state.engine.pool)
+        self.shared = state.config.get("workers") is not None
         self.gathers = workers.rounds(state.config) is not None
         self.row = SessionRow(
             key=self.row.key,

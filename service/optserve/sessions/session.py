@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import structlog
 
 from optserve.optim.layout import Layout
-from optserve.sessions import describe, membership, operations, stepping
+from optserve.sessions import describe, membership, operations, rounds, stepping
 from optserve.sessions.committing import Committer
 from optserve.sessions.gathering import Gathering
 from optserve.sessions.holding import Holding, Home
@@ -37,6 +37,10 @@ from optserve_client.errors import OptserveError, SessionNotFound, StaleGradient
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+
+#: Workers of which it is known when they last sent what was not committed.
+_SEEN = 10_000
 
 
 class Session:
@@ -189,7 +193,7 @@ class Session:
         # A round reads its pushes back.
         if durability == "memory" and size > KEPT_BYTES and not self._held.gathers:
             return Unkept()
-        return self._store.writer(size, durability)
+        return self._store.writer(size, durability, read_soon=self._held.gathers)
 
     def step(self, step: Step, identity: Identity, back: Back | None = None) -> Future[Reply]:
         """Take one step; its buffer is given back whatever happens.
@@ -197,7 +201,9 @@ class Session:
         With ``back``, which leads to the thread that calls, a small one is taken here and now.
         """
         self.used_at = time.monotonic()
-        if self._held.gathers and identity.worker is not None:
+        if identity.worker is not None and self._held.shared:
+            if len(self._seen) >= _SEEN:
+                self._seen.clear()  # what was committed is in the ledger
             self._seen[identity.worker] = time.time()
         if back is not None and self._held.quick:
             done = self._turn.run_here(lambda: self._step(step, identity, back), back)
@@ -232,12 +238,17 @@ class Session:
             if known := state.check_identity(identity, time.time()):
                 scalars = self._repeat(state, known)
                 if state.round.holds(identity.worker, identity.seq):
-                    return (yield from self._gathering.join(state, step, identity, scalars, back))
+                    joined = self._gathering.join(state, fields, identity, scalars, back)
+                    return (yield from joined)
                 return self._step_reply(state, step, scalars, None)
             if self._held.gathers:
-                pushed, taken = yield from self._gathering.push(state, step, identity, back)
-                payload = None if taken else payload
-                return pushed
+                change = rounds.push(state, step, identity)
+                held = False
+                step.buffer.release()
+                if change.payload is not None:
+                    payload = None  # the commit's from here on
+                pushing = self._gathering.push(state, change, fields, identity, back)
+                return (yield from pushing)
             prepared = stepping.prepare(state, step)
             self._held.own()
             before = self._held.publish(state, "live") if fields.return_ == "delta" else None

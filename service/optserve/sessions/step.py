@@ -147,6 +147,9 @@ def step_from_json(
     journal. Raises Invalid and MissingGradient; a buffer that was leased is given back then.
     """
     layout, plural = expected.layout, expected.plural
+    for other in {"grads", "deltas"} - {plural}:
+        if other in body:
+            raise Invalid(f"{other}: the session takes {plural}", field=other)
     grads = _named_tensors(body, plural)
     fields = StepFields.parse({k: v for k, v in body.items() if k not in {plural, "params"}})
     given = {name: value for name, value in grads.items() if value is not None}
