@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from optserve.optim.arena import GradientBuffer
 from optserve.sessions.fields import StepFields
 from optserve.sessions.intake import Step, StepIntake, read_fields
 from optserve.sessions.round import Contribution
@@ -23,9 +25,7 @@ _PREFIX_BYTES = 8
 
 
 @contextmanager
-def opened(
-    contributions: list[Contribution], expected: Expected, lease: Lease
-) -> Iterator[list[Source]]:
+def opened(contributions: list[Contribution], expected: Expected) -> Iterator[list[Source]]:
     """Yield the gradients of ``contributions``, to be read once, in the order of the session."""
     with ExitStack() as stack:
         sources: list[Source] = []
@@ -35,9 +35,9 @@ def opened(
             if stream.fits(expected):
                 sources.append(stream)
             else:  # in another order, sparse or compressed: as a whole
-                decoded = Decoded(decode(contribution.payload, expected, lease))
-                stack.callback(decoded.step.buffer.release)
-                sources.append(decoded)
+                # Not of the pool, where all that a round needs could be too much at a time.
+                lease = partial(GradientBuffer, expected.dense, lambda _: None)
+                sources.append(Decoded(decode(contribution.payload, expected, lease)))
         yield sources
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from optserve.sessions import rounds, workers
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
+
+#: Workers that are remembered.
+_MOST = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +54,28 @@ class Remove:
         )
 
 
-def listed(state: SessionState, seen: Mapping[str, float]) -> dict[str, Any]:
-    """Return the workers of a session and its open round.
+class Sightings:
+    """When workers last sent something, also what was not committed; Unix seconds."""
 
-    ``seen``: when a request of a worker last came in, Unix seconds, also of those not committed.
-    """
+    def __init__(self) -> None:
+        self._seen: dict[str, float] = {}
+
+    def note(self, worker: str) -> None:
+        if len(self._seen) >= _MOST:
+            self._seen.clear()  # what was committed is in the ledger
+        self._seen[worker] = time.time()
+
+    def last(self, worker: str) -> float:
+        return self._seen.get(worker, 0.0)
+
+
+def listed(state: SessionState, seen: Sightings) -> dict[str, Any]:
+    """Return the workers of a session and its open round."""
     rows = [
         {
             **row,
             "staleness": None if row["version"] is None else state.version - row["version"],
-            "last_seen": max(row["last_seen"], seen.get(row["worker"], 0.0)),
+            "last_seen": max(row["last_seen"], seen.last(row["worker"])),
         }
         for row in state.ledger.workers()
     ]

@@ -20,7 +20,7 @@ from optserve.sessions.intake import Step
 from optserve.sessions.round import Contribution
 from optserve.sessions.state import SessionState, expected_of, monitored
 from optserve.sessions.stepping import Change
-from optserve_client.errors import Conflict, Invalid
+from optserve_client.errors import Conflict, Invalid, Nonfinite
 
 
 def rules(state: SessionState) -> Mapping[str, Any]:
@@ -63,20 +63,18 @@ def push(state: SessionState, step: Step, identity: Identity) -> Change:
     if engine.advance == "step" and engine.monitor and metric is None:
         raise Invalid(f"the scheduler follows {engine.monitor!r}, which this push does not send")
     changes = engine.check_change(fields.groups or [])
-    inspected = stepping.inspect(state, step)
-    if inspected.nonfinite:
+    fault = _fault(state, step)
+    if fault is not None:
         outcome = Outcome(applied=False, groups=engine.groups())
         return Change(
             kind="skip",
             moves=False,
             request={"groups": [], "loss": fields.loss, "metrics": fields.metrics},
-            reply=stepping.reply_of(
-                state, outcome, skipped="nonfinite", detail=inspected.nonfinite
-            ),
+            reply=stepping.reply_of(state, outcome, skipped="nonfinite", detail=fault),
             loss=fields.loss,
         )
     epoch, _ = state.ledger.position(identity.worker)
-    outcome = Outcome(applied=False, grad_norm=inspected.norm, groups=engine.groups())
+    outcome = Outcome(applied=False, groups=engine.groups())
     return Change(
         kind="contribution",
         moves=False,
@@ -92,8 +90,17 @@ def push(state: SessionState, step: Step, identity: Identity) -> Change:
         reply=stepping.reply_of(state, outcome),
         payload=step.payload,
         loss=fields.loss,
-        grad_norm=inspected.norm,
     )
+
+
+def _fault(state: SessionState, step: Step) -> str | None:
+    """Return what is not finite in a push that is to be skipped; raise Nonfinite if it is not."""
+    if step.passed is None:
+        return stepping.inspect(state, step).nonfinite
+    fault = step.passed.fault
+    if fault and step.fields.loss_scale is None and state.engine.recipe.nonfinite == "reject":
+        raise Nonfinite(fault)
+    return fault
 
 
 def _check_weight(weight: float | None, reduce: str) -> None:
@@ -123,7 +130,7 @@ def close(state: SessionState, closed_by: str, recorded: Mapping[str, Any] | Non
     changes = [from_json(change) for change in groups]
     buffer = engine.pool.lease()
     try:
-        with opened(pushes, expected, engine.pool.lease) as sources:
+        with opened(pushes, expected) as sources:
             inspected = engine.combine(
                 sources, buffer, _reduction(how, pushes), negate=expected.kind == "delta"
             )

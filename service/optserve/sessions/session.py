@@ -29,6 +29,7 @@ from optserve.sessions.published import Published
 from optserve.sessions.replay import write_frame
 from optserve.sessions.reply import Reply, counters, step_reply
 from optserve.sessions.state import SessionState
+from optserve.sessions.trial import try_out
 from optserve.sessions.turn import Back, Waiting
 from optserve.sessions.weights import publish
 from optserve.store.base import PayloadWriter, SessionRow
@@ -37,10 +38,6 @@ from optserve_client.errors import OptserveError, SessionNotFound, StaleGradient
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-
-
-#: Workers of which it is known when they last sent what was not committed.
-_SEEN = 10_000
 
 
 class Session:
@@ -67,8 +64,7 @@ class Session:
         self.shared = False
         #: When somebody last asked for something, on the monotonic clock.
         self.used_at = time.monotonic()
-        #: When a worker last sent a push, by name, on the wall clock.
-        self._seen: dict[str, float] = {}
+        self._sightings = membership.Sightings()
         self._store = home.store
         self._executor = home.executor
         self._scribes = home.scribes
@@ -141,16 +137,9 @@ class Session:
         """Return the state file as buffers."""
         return self.run(lambda state: [bytes(part) for part in state.frame()])
 
-    def scheduler(self) -> Future[dict[str, Any]]:
-        return self.run(describe.scheduler)
-
-    def outlook(self) -> Future[describe.Outlook]:
-        """Return what a look ahead needs; looking takes long, so it is not done in the turn."""
-        return self.run(describe.Outlook.of)
-
     def workers(self) -> Future[dict[str, Any]]:
         """Return the workers and the open round."""
-        return self.run(lambda state: membership.listed(state, self._seen))
+        return self.run(lambda state: membership.listed(state, self._sightings))
 
     def history(self, after_version: int, limit: int) -> list[dict[str, Any]]:
         """Return one row per version above ``after_version``, oldest first."""
@@ -175,6 +164,7 @@ class Session:
             writer=self._writer,
             limit_bytes=limit_bytes,
             scribes=self._scribes,
+            passes=self._held.gathers,
         )
 
     def step_from_json(self, body: dict[str, Any], digest: bytes) -> Step:
@@ -202,9 +192,7 @@ class Session:
         """
         self.used_at = time.monotonic()
         if identity.worker is not None and self._held.shared:
-            if len(self._seen) >= _SEEN:
-                self._seen.clear()  # what was committed is in the ledger
-            self._seen[identity.worker] = time.time()
+            self._sightings.note(identity.worker)
         if back is not None and self._held.quick:
             done = self._turn.run_here(lambda: self._step(step, identity, back), back)
             if done is not None:
@@ -233,8 +221,8 @@ class Session:
         held, payload = True, step.payload
         try:
             state = self._loaded()
-            if fields.dry_run:
-                return self._dry_run(state, step)
+            if fields.dry_run and not self._held.gathers:
+                return try_out(self.id, state, step)
             if known := state.check_identity(identity, time.time()):
                 scalars = self._repeat(state, known)
                 if state.round.holds(identity.worker, identity.seq):
@@ -276,17 +264,6 @@ class Session:
                 step.buffer.release()
             if payload is not None:
                 payload.discard()
-
-    def _dry_run(self, state: SessionState, step: Step) -> Reply:
-        """Step a copy that is thrown away; neither journal nor ledger hear of it."""
-        copy = state.clone()
-        change = stepping.apply(copy, stepping.prepare(copy, step))
-        copy.version += int(change.moves)
-        copy.updates += change.updates
-        made = copy.version if change.moves else None
-        scalars = {**counters(self.id, copy, made), **change.reply, "dry_run": True}
-        weights = "trial" if change.reply.get("need") else "live"
-        return step_reply(step.fields, scalars, lambda: publish(copy, weights))
 
     def _step_reply(
         self, state: SessionState, step: Step, scalars: dict[str, Any], before: Published | None
@@ -357,10 +334,14 @@ class Session:
             if state is not None:
                 state.check_identity(identity, time.time())
             forget()
-            self._gathering.end(SessionNotFound(f"session {self.id!r} was deleted"))
             return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
 
         return self._turn.run(job)
+
+    def close(self) -> None:
+        """The session is gone: whoever waits for it finds nothing."""
+        self.closed = True
+        self._gathering.end(SessionNotFound(f"session {self.id!r} was deleted"))
 
     # --- memory ----------------------------------------------------------------------------------
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from optserve.optim.arena import GradientBuffer
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import StepFields, shown, unknown
 from optserve.sessions.journaling import Unkept
+from optserve.sessions.passing import Passing
 from optserve.store import Payload, PayloadWriter
 from optserve_client import wire
 from optserve_client.errors import Invalid, MissingGradient
-
-if TYPE_CHECKING:
-    from optserve.optim.arena import GradientBuffer
 
 #: Takes a gradient buffer of the session's dense tensors.
 Lease = Callable[[], "GradientBuffer"]
@@ -36,6 +35,11 @@ class Sparse:
     shape: tuple[int, ...]
 
 
+def nothing(layout: Layout) -> GradientBuffer:
+    """Return a buffer without room, for a gradient that nobody keeps."""
+    return GradientBuffer(layout.subset(()), lambda _: None)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """A checked step: each parameter has a gradient in buffer or sparse, or is in none."""
@@ -45,6 +49,8 @@ class Step:
     expected: Expected
     #: Leased; whoever holds the step gives it back, once.
     buffer: GradientBuffer
+    #: The gradient is not in the buffer, it went to the journal: what was found on the way.
+    passed: Passing | None = None
     #: Parameters whose gradient is None; the buffer holds nothing of meaning for them.
     none: frozenset[str]
     sparse: dict[str, Sparse]
@@ -73,6 +79,11 @@ class Expected:
     kind: str = "grad"
     #: Tensors of the last body that was found to be complete: from step to step they are the same.
     known: list[tuple[wire.TensorInfo, ...]] = field(default_factory=list, compare=False)
+
+    @property
+    def dense(self) -> Layout:
+        """The layout of a gradient buffer."""
+        return self.layout.subset(n for n in self.layout.names if n not in self.sparse)
 
     @property
     def plural(self) -> str:

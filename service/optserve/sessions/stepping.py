@@ -93,7 +93,8 @@ def check_fits(state: SessionState, step: Step) -> None:
     if (
         expected.layout != engine.layout
         or expected.sparse != engine.recipe.sparse
-        or step.buffer.layout != engine.pool.layout
+        or (step.buffer.layout != engine.pool.layout and step.passed is None)
+        or (step.passed is not None and workers.rounds(state.config) is None)
         or expected.kind != workers.kind(state.config)
     ):
         raise Conflict("the session's params changed while the gradient was on its way")
