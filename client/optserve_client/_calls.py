@@ -157,7 +157,8 @@ def step(
     # others, and if it is too late it needs what it asks for all the same.
     patient = "base_version" in fields and "wait_s" not in fields
     if "base_version" in fields:
-        fields = {"wait_s": patience_s, "return": "params"} | fields
+        defaults: Json = {"wait_s": patience_s, "return": "params"}
+        fields = defaults | fields
     draft = Draft(
         method="POST",
         path=session_path(session_id, "step"),
@@ -337,6 +338,31 @@ def fork(session_id: str, fields: Json) -> Call[Json]:
         method="POST",
         path=session_path(session_id, "fork"),
         fields={"id": new_id(), **fields},
+        headers={"Idempotency-Key": new_id()},
+    )
+    return Call(draft=draft, read=scalars)
+
+
+def register(session_id: str, worker: str) -> Call[Json]:
+    # By a key: its seq begins when this is answered.
+    draft = Draft(
+        method="POST",
+        path=session_path(session_id, "workers"),
+        fields={"name": worker},
+        headers={"Idempotency-Key": new_id()},
+    )
+    return Call(draft=draft, read=scalars)
+
+
+def workers(session_id: str) -> Call[Json]:
+    return get(session_path(session_id, "workers"), scalars)
+
+
+def remove_worker(session_id: str, worker: str) -> Call[Json]:
+    wire.check_id("worker", worker)
+    draft = Draft(
+        method="DELETE",
+        path=session_path(session_id, "workers", worker),
         headers={"Idempotency-Key": new_id()},
     )
     return Call(draft=draft, read=scalars)

@@ -172,6 +172,16 @@ class AsyncClient:
         async with lock:
             return await self._drive(call, lane)
 
+    async def _register(self, session_id: str, name: str | None) -> Json:
+        lane, lock = self._lanes.get(session_id)
+        call = _calls.register(session_id, lane.worker if name is None else name)
+        if name not in (None, lane.worker):
+            return await self._run(call)
+        async with lock:
+            reply = await self._run(call)
+            lane.begin(reply)
+        return reply
+
     async def _drive(self, call: Call[T], lane: Lane | None) -> T:
         return await self._play(perform(call, self._retry, lane))
 
@@ -361,6 +371,15 @@ class AsyncSession:
     async def put_metrics(self, version: int, metrics: Mapping[str, float]) -> Json:
         fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return await self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
+
+    async def register(self, name: str | None = None) -> Json:
+        return await self._client._register(self.id, name)
+
+    async def workers(self) -> Json:
+        return await self._client._run(_calls.workers(self.id))
+
+    async def remove_worker(self, name: str) -> Json:
+        return await self._client._run(_calls.remove_worker(self.id, name))
 
     def resume(self) -> None:
         self._client._lanes.resume(self.id)

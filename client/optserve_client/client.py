@@ -230,6 +230,16 @@ class Client:
         with lock:
             return self._drive(call, lane)
 
+    def _register(self, session_id: str, name: str | None) -> Json:
+        lane, lock = self._lanes.get(session_id)
+        call = _calls.register(session_id, lane.worker if name is None else name)
+        if name not in (None, lane.worker):
+            return self._run(call)
+        with lock:
+            reply = self._run(call)
+            lane.begin(reply)
+        return reply
+
     def _drive(self, call: Call[T], lane: Lane | None) -> T:
         return self._play(perform(call, self._retry, lane))
 

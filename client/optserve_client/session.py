@@ -229,6 +229,22 @@ class Session:
         fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
+    def register(self, name: str | None = None) -> Json:
+        """Begin a new epoch of a worker, by default of this client, and return it.
+
+        Whoever goes by its name with an older epoch is refused from now on. Only the epoch of this
+        client's own worker is kept here: for others see :class:`Worker`.
+        """
+        return self._client._register(self.id, name)
+
+    def workers(self) -> Json:
+        """Return the ``workers`` that the session knows, and the ``round`` that is open, if any."""
+        return self._client._run(_calls.workers(self.id))
+
+    def remove_worker(self, name: str) -> Json:
+        """Have a worker refused until it registers again. Its push stays in the open round."""
+        return self._client._run(_calls.remove_worker(self.id, name))
+
     def resume(self) -> None:
         """Go on after SessionRewound or OutOfSequence, or give up a change that stays open.
 
