@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from optserve_client import _calls, errors, wire
+from optserve_client import _calls, _worker_calls, errors, wire
 from optserve_client._exchange import Retry, Steps
 from optserve_client._protocol import Call, Lane, perform
 from optserve_client._values import Json, Params, StepResult
 
 T = TypeVar("T")
+
+#: How long one request waits for the next version.
+AHEAD_S = 20.0
 
 OnStale: TypeAlias = Literal["raise", "drop"]
 
@@ -61,7 +65,7 @@ class Member:
     # --- who it is -------------------------------------------------------------------------------
 
     def register(self) -> Steps[Json]:
-        reply = yield from self._run(_calls.register(self.session_id, self.name))
+        reply = yield from self._run(_worker_calls.register(self.session_id, self.name))
         self._lane, self._fenced = Lane(self.name, reply["epoch"]), None
         self._lane.begin(reply)
         return reply
@@ -77,28 +81,59 @@ class Member:
 
     def leave(self) -> Steps[None]:
         self._lane = None
-        yield from self._run(_calls.remove_worker(self.session_id, self.name))
+        yield from self._run(_worker_calls.remove_worker(self.session_id, self.name))
 
     # --- what it computes with -------------------------------------------------------------------
 
-    def pull(self, names: Iterable[str] | None = None) -> Steps[Params]:
+    def pull(self, names: Iterable[str] | None, ahead: Params | None = None) -> Steps[Params]:
+        """Return the params, without a transfer if there are no newer ones than are known; those
+        in ``ahead``, which were pulled before, if they are newer."""
         wanted = None if names is None else tuple(names)
         known = self.params if wanted == self._names else None
-        found = yield from self._run(_calls.params(self.session_id, "live", wanted, known))
-        return self.pulled(found, wanted)
+        if ahead is not None and (known is None or ahead.version > known.version):
+            return self._hold(ahead, None)
+        if known is not None and not known.etag:  # it came with a push
+            newer = yield from self._pull(wanted, None, known.version + 1, 0.0)
+            return known if newer is None else self._hold(newer, wanted)
+        found = yield from self._pull(wanted, known, None, None)
+        assert found is not None
+        return self._hold(found, wanted)
 
-    def pulled(self, found: Params, names: tuple[str, ...] | None = None) -> Params:
+    def ahead(self, least: int) -> Steps[Params | None]:
+        """Return the params of version ``least`` or a later one; None: ask again.
+
+        What fails is not sent again: nobody may need it any more, and who does asks himself.
+        """
+        call = _calls.params(self.session_id, "live", None, None, least, AHEAD_S)
+        return perform(call, replace(self._retry, retries=0), None)
+
+    def newest(self) -> Steps[int]:
+        """Return the session's version."""
+        reply = yield from self._run(_worker_calls.workers(self.session_id))
+        version: int = reply["version"]
+        return version
+
+    def _pull(
+        self,
+        names: tuple[str, ...] | None,
+        known: Params | None,
+        min_version: int | None,
+        wait_s: float | None,
+    ) -> Steps[Params | None]:
+        call = _calls.params(self.session_id, "live", names, known, min_version, wait_s)
+        return self._run(call)
+
+    def _hold(self, found: Params, names: tuple[str, ...] | None) -> Params:
         self.params, self._names = found, names
         return found
 
     def _took(self, version: int, generation: str, arrays: dict[str, wire.Tensor] | None) -> None:
         """Go on with params that came in an answer to a push."""
         if arrays:
-            self.pulled(
-                Params(
-                    version=version, generation=generation, weights="live", etag="", arrays=arrays
-                )
+            params = Params(
+                version=version, generation=generation, weights="live", etag="", arrays=arrays
             )
+            self._hold(params, None)
 
     # --- what it sends ---------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from optserve_client import _arguments, _calls, _transport, wire
+from optserve_client import _arguments, _calls, _transport, _worker_calls, wire
 from optserve_client._exchange import Retry, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page, Params, StepResult
@@ -174,7 +174,7 @@ class AsyncClient:
 
     async def _register(self, session_id: str, name: str | None) -> Json:
         lane, lock = self._lanes.get(session_id)
-        call = _calls.register(session_id, lane.worker if name is None else name)
+        call = _worker_calls.register(session_id, lane.worker if name is None else name)
         if name not in (None, lane.worker):
             return await self._run(call)
         async with lock:
@@ -275,7 +275,9 @@ class AsyncSession:
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
     ) -> Params:
-        return await self._client._run(_calls.params(self.id, weights, names, if_none_match))
+        return await self._client._run(
+            _calls.params(self.id, weights, names, if_none_match, None, None)
+        )
 
     async def put_params(
         self,
@@ -376,10 +378,10 @@ class AsyncSession:
         return await self._client._register(self.id, name)
 
     async def workers(self) -> Json:
-        return await self._client._run(_calls.workers(self.id))
+        return await self._client._run(_worker_calls.workers(self.id))
 
     async def remove_worker(self, name: str) -> Json:
-        return await self._client._run(_calls.remove_worker(self.id, name))
+        return await self._client._run(_worker_calls.remove_worker(self.id, name))
 
     def resume(self) -> None:
         self._client._lanes.resume(self.id)
@@ -388,12 +390,12 @@ class AsyncSession:
         return f"{type(self).__name__}({self.id!r})"
 
 
-def _borrow_words(target: type, source: type) -> None:
+def borrow_words(target: type, source: type) -> None:
     """Give each method of ``target`` the docstring of the one that blocks."""
     for name, member in vars(target).items():
         if callable(member) and not member.__doc__ and hasattr(source, name):
             member.__doc__ = getattr(source, name).__doc__
 
 
-_borrow_words(AsyncClient, Client)
-_borrow_words(AsyncSession, Session)
+borrow_words(AsyncClient, Client)
+borrow_words(AsyncSession, Session)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from optserve_client import _arguments, _calls, _transport, wire
+from optserve_client import _arguments, _calls, _transport, _worker_calls, wire
 from optserve_client._exchange import Retry, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page
@@ -232,7 +232,7 @@ class Client:
 
     def _register(self, session_id: str, name: str | None) -> Json:
         lane, lock = self._lanes.get(session_id)
-        call = _calls.register(session_id, lane.worker if name is None else name)
+        call = _worker_calls.register(session_id, lane.worker if name is None else name)
         if name not in (None, lane.worker):
             return self._run(call)
         with lock:

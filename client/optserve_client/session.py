@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from optserve_client import _arguments, _calls, wire
+from optserve_client import _arguments, _calls, _worker_calls, wire
 from optserve_client._values import Json, Params, StepResult
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Session:
         if_none_match: Params | None = None,
     ) -> Params:
         """Return the params, or some of them; ``if_none_match`` itself if it is still current."""
-        return self._client._run(_calls.params(self.id, weights, names, if_none_match))
+        return self._client._run(_calls.params(self.id, weights, names, if_none_match, None, None))
 
     def put_params(
         self,
@@ -239,11 +239,11 @@ class Session:
 
     def workers(self) -> Json:
         """Return the ``workers`` that the session knows, and the ``round`` that is open, if any."""
-        return self._client._run(_calls.workers(self.id))
+        return self._client._run(_worker_calls.workers(self.id))
 
     def remove_worker(self, name: str) -> Json:
         """Have a worker refused until it registers again. Its push stays in the open round."""
-        return self._client._run(_calls.remove_worker(self.id, name))
+        return self._client._run(_worker_calls.remove_worker(self.id, name))
 
     def resume(self) -> None:
         """Go on after SessionRewound or OutOfSequence, or give up a change that stays open.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -12,6 +13,8 @@ from optserve_client._member import Member, OnStale
 from optserve_client._values import Json, Params, StepResult
 from optserve_client.client import Client
 from optserve_client.session import Session
+
+log = logging.getLogger("optserve_client")
 
 
 class Worker:
@@ -69,6 +72,7 @@ class Worker:
             retry_rounds=retry_rounds,
         )
         self._lock = threading.Lock()
+        self._ahead: _Ahead | None = None
 
     @property
     def name(self) -> str:
@@ -103,7 +107,27 @@ class Worker:
     def pull(self, names: Iterable[str] | None = None) -> Params:
         """Return the params, or some of them; without a transfer if there are no newer ones."""
         self._enter()
-        return self._client._play(self._member.pull(names))
+        ahead, found = self._ahead if names is None else None, None
+        if ahead is not None:
+            pending = not ahead.ended.is_set()
+            if not (pending and self._client._play(self._member.newest()) < ahead.least):
+                found = ahead.result()
+            elif self.params is not None:  # there are none that are newer
+                return self.params
+            self._stop()
+        return self._client._play(self._member.pull(names, found))
+
+    def prefetch(self) -> None:
+        """Begin to pull the next version, on a thread, as soon as there is one.
+
+        The next :meth:`pull` takes it. For loops whose pushes bring no params, or that wait for
+        those of others: call it, and compute meanwhile.
+        """
+        self._enter()
+        least = 0 if self.version is None else self.version + 1
+        if self._ahead is None or self._ahead.least < least:
+            self._stop()
+            self._ahead = _Ahead(least, lambda: self._client._play(self._member.ahead(least)))
 
     def push(
         self,
@@ -148,7 +172,11 @@ class Worker:
             self._client._play(self._member.leave())
 
     def close(self) -> None:
-        """Close the client, if this worker made it. The session keeps knowing the worker."""
+        """Pull no more ahead; close the client, if this worker made it.
+
+        The session keeps knowing the worker.
+        """
+        self._stop()
         if self._owned:
             self._client.close()
 
@@ -166,7 +194,40 @@ class Worker:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._member.session_id!r}, {self.name!r})"
 
+    def _stop(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.stopped = True
+
     def _enter(self) -> None:
         if not self._member.ready:
             with self._lock:
                 self._client._play(self._member.enter())
+
+
+class _Ahead:
+    """Params that are pulled while the caller computes."""
+
+    def __init__(self, least: int, poll: Callable[[], Params | None]) -> None:
+        #: The version that it waits for.
+        self.least = least
+        self.ended = threading.Event()
+        #: Set to have it end after its current request.
+        self.stopped = False
+        self._poll = poll
+        self._found: Params | None = None
+        threading.Thread(target=self._run, name="optserve-prefetch", daemon=True).start()
+
+    def result(self) -> Params | None:
+        """Wait for them; None if they cannot be had: a pull says why."""
+        self.ended.wait()
+        return self._found
+
+    def _run(self) -> None:
+        try:
+            while self._found is None and not self.stopped:
+                self._found = self._poll()
+        except Exception as exc:
+            log.debug("nothing was pulled ahead: %s", exc)
+        finally:
+            self.ended.set()
