@@ -271,7 +271,8 @@ class SessionState:
             self.ledger.pushed(event.worker, request.get("base_version"))
         for push in self.round.contributions.values():
             if event.kind == "close":
-                self.ledger.resolve(push, applied_version=reply["applied_version"], reply=reply)
+                answer = push.answer(reply)
+                self.ledger.resolve(push, applied_version=answer["applied_version"], reply=answer)
             elif event.kind == "fail":
                 self.ledger.release(push)
         self.round.note(event)
