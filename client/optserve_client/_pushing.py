@@ -46,6 +46,11 @@ class Pusher:
     def pull(self) -> Params:
         return self.session.params() if self.worker is None else self.worker.pull()
 
+    def at_hand(self) -> Params:
+        """Return the params that the next push of this worker is of."""
+        assert self.worker is not None
+        return self.worker.pull() if self.worker.params is None else self.worker.params
+
     def push(
         self,
         groups: Sequence[dict[str, Any]],

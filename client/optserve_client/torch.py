@@ -227,14 +227,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         For a session whose workers push deltas: between two calls an optimizer of torch takes as
         many steps as it likes, on the same parameters. Arguments are those of :meth:`step`.
         """
-        worker = self._there.worker
-        if worker is None or not self._there.deltas:
+        if self._there.worker is None or not self._there.deltas:
             raise RuntimeError(
                 "push_deltas is for one of several workers that push deltas: "
                 "RemoteOptimizer(..., worker='w1', session={'workers': {..., 'push': 'deltas'}})"
             )
         sent, values = _numbers(loss, metrics)
-        pulled = worker.params or worker.pull()
+        pulled = self._there.at_hand()
         deltas = {
             name: _array(p - _tensor(pulled[name]).to(p.device)) for name, p in self._parameters()
         }
@@ -251,7 +250,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             result = there.push(self.param_groups, tensors, self._edits, **told)
         except (errors.StaleGradient, errors.SessionRewound):
             if there.worker is not None:
-                self.pull()
+                self._take(there.at_hand().arrays)
             raise
         self._take(result.params or {})
         return result
