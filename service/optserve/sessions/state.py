@@ -280,8 +280,14 @@ class SessionState:
     # --- frames ----------------------------------------------------------------------------------
 
     def frame(self) -> list[bytes | memoryview]:
-        """Return the state file; its buffers are views of live memory: copy them under the turn."""
+        """Return the state file; its buffers are views of live memory: copy them under the turn.
+
+        The pushes of an open round are not in it: in its ledger they are as of one that failed.
+        """
         meta, tensors = checkpoint.dump(self.engine)
+        ledger = copy.deepcopy(self.ledger) if self.round.open else self.ledger
+        for push in self.round.contributions.values():
+            ledger.release(push)
         return frames.encode(
             {
                 "config": self.config,
@@ -298,7 +304,7 @@ class SessionState:
                 "inexact": self.inexact,
                 "rewound": self.rewound,
                 "rounds": self.round.ended,
-                "ledger": self.ledger.dump(),
+                "ledger": ledger.dump(),
                 "engine": meta,
             },
             tensors,
