@@ -10,10 +10,20 @@ from urllib.parse import quote
 import numpy as np
 
 from optserve_client import errors, wire
-from optserve_client._arguments import array, condition, given, integer, mapping, param_tensors
+from optserve_client._arguments import (
+    array,
+    condition,
+    given,
+    in_session,
+    integer,
+    mapping,
+    param_tensors,
+)
 from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
+from optserve_client._unsent import Packed, Unsent
 from optserve_client._values import Json, Page, Params, Sparse, StepResult
+from optserve_client.compress import Compressor
 
 T = TypeVar("T")
 
@@ -135,8 +145,11 @@ def step(
     none: Iterable[str],
     fields: Json,
     dtype: str | None = None,
+    compress: Compressor | None = None,
+    unsent: Unsent | None = None,
 ) -> Call[StepResult]:
     tensors: dict[str, wire.Tensor] = {}
+    dense: dict[str, wire.Tensor] = {}
     without = list(none)
     for name, grad in mapping(grads, "grads").items():
         if grad is None:
@@ -144,13 +157,20 @@ def step(
         elif isinstance(grad, Sparse):
             tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
             tensors[f"sparse/{name}/values"] = array(grad.values, f"grads[{name!r}].values", dtype)
-        else:
+        elif compress is None:
             tensors[f"grad/{name}"] = array(grad, f"grads[{name!r}]", dtype)
+        else:
+            what = f"grads[{name!r}]"
+            dense[name] = in_session(array(grad, what, dtype), what, dtype)
+    late = None
+    if compress is not None:
+        late = Packed(compress, unsent or Unsent(), dense, fields.get("loss_scale", 1.0))
     draft = Draft(
         method="POST",
         path=session_path(session_id, "step"),
         fields=fields | given(none=without or None),
         tensors=tensors | param_tensors({} if params is None else params, dtype),
+        late=late,
         accept=wire.SAFETENSORS,
         guarded=True,
     )

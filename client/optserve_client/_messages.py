@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import numpy as np
@@ -32,6 +32,8 @@ class Request:
     target: str
     headers: Mapping[str, str]
     pieces: tuple[bytes | memoryview, ...] = ()
+    #: Whom to tell that the server has done it.
+    acknowledged: Callable[[Answer], None] | None = None
 
     @property
     def length(self) -> int:
@@ -63,8 +65,7 @@ class Request:
 
     def kept(self) -> Request:
         """Return a copy that does not change when the caller's arrays do."""
-        pieces = tuple(bytes(piece) for piece in self.pieces)
-        return Request(method=self.method, target=self.target, headers=self.headers, pieces=pieces)
+        return replace(self, pieces=tuple(bytes(piece) for piece in self.pieces))
 
     def same_as(self, other: Request) -> bool:
         return (self.method, self.target, *self.pieces) == (
@@ -72,6 +73,15 @@ class Request:
             other.target,
             *other.pieces,
         )
+
+
+class Late(Protocol):
+    """Tensors, and fields beside them, that are not known before the request goes out."""
+
+    def made(self) -> tuple[Mapping[str, wire.Tensor], Mapping[str, Any]]: ...
+
+    def acknowledged(self, answer: Answer) -> None:
+        """Take note that the server has done what was :meth:`made` last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +95,8 @@ class Draft:
     fields: Mapping[str, Any] | None = None
     #: Tensors by their names in the frame (``grad/w``); with them the body is a frame, else JSON.
     tensors: Mapping[str, wire.Tensor] | None = None
+    #: Further tensors, which come first.
+    late: Late | None = None
     #: A whole frame, or JSON text, as it is.
     frame: memoryview | None = None
     text: str | None = None
@@ -107,15 +119,23 @@ class Draft:
         elif self.text is not None:
             pieces, kind = (self.text.encode(),), JSON
         elif self.tensors is not None:
-            metadata = {wire.META_KEY: to_json(fields or {})}
-            pieces, kind = tuple(wire.encode(self.tensors, metadata)), wire.SAFETENSORS
+            late, more = self.late.made() if self.late else ({}, {})
+            metadata = {wire.META_KEY: to_json({**(fields or {}), **more})}
+            pieces = tuple(wire.encode({**late, **self.tensors}, metadata))
+            kind = wire.SAFETENSORS
         elif fields is not None:
             pieces, kind = (to_json(fields).encode(),), JSON
         headers = {"Accept": self.accept, **self.headers}
         if kind is not None:
             headers |= {"Content-Type": kind, "Content-Length": str(sum(map(len, pieces)))}
         target = self.path + ("?" + urlencode(query) if query else "")
-        return Request(method=self.method, target=target, headers=headers, pieces=pieces)
+        return Request(
+            method=self.method,
+            target=target,
+            headers=headers,
+            pieces=pieces,
+            acknowledged=self.late.acknowledged if self.late else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

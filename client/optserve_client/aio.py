@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from optserve_client import _arguments, _calls, _transport, wire
-from optserve_client._exchange import Retry, Sleep
+from optserve_client._exchange import Retry, Send, Sleep
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
+from optserve_client.compress import Compressor
 from optserve_client.session import Session
 
 if TYPE_CHECKING:
@@ -179,7 +180,11 @@ class AsyncClient:
                     effect = next(steps)
                     continue
                 try:
-                    answer = await self._transport.send(effect.request)
+                    answer = None
+                    if isinstance(effect, Send):
+                        answer = await self._transport.send(effect.request)
+                    else:
+                        await asyncio.to_thread(effect.do)
                 except BaseException as exc:
                     effect = steps.throw(exc)
                 else:
@@ -224,6 +229,7 @@ class AsyncSession:
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
         abandon: bool = False,
+        compress: Compressor | None = None,
     ) -> StepResult:
         fields = _arguments.step_fields(
             returns,
@@ -236,7 +242,16 @@ class AsyncSession:
             return_dtype=return_dtype,
         )
         return await self._client._run(
-            _calls.step(self.id, grads, params, none or (), fields, self._dtype)
+            _calls.step(
+                self.id,
+                grads,
+                params,
+                none or (),
+                fields,
+                self._dtype,
+                compress,
+                self._client._lanes.unsent(self.id),
+            )
         )
 
     async def params(
