@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from optserve_client import _arguments, _calls, _transport, _worker_calls, wire
-from optserve_client._exchange import Retry, Sleep, Steps
+from optserve_client._exchange import Retry, Send, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
+from optserve_client.compress import Compressor
 from optserve_client.session import Session
 
 if TYPE_CHECKING:
@@ -194,7 +195,11 @@ class AsyncClient:
                     effect = next(steps)
                     continue
                 try:
-                    answer = await self._transport.send(effect.request)
+                    answer = None
+                    if isinstance(effect, Send):
+                        answer = await self._transport.send(effect.request)
+                    else:
+                        await asyncio.to_thread(effect.do)
                 except BaseException as exc:
                     effect = steps.throw(exc)
                 else:
@@ -242,6 +247,7 @@ class AsyncSession:
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
         abandon: bool = False,
+        compress: Compressor | None = None,
     ) -> StepResult:
         fields = _arguments.step_fields(
             returns,
@@ -264,6 +270,8 @@ class AsyncSession:
                 none or (),
                 fields,
                 self._dtype,
+                compress,
+                self._client._lanes.unsent(self.id),
                 patience_s=self._client._patience_s,
             )
         )

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from optserve_client import _arguments, _calls, _transport, _worker_calls, wire
-from optserve_client._exchange import Retry, Sleep, Steps
+from optserve_client._exchange import Retry, Send, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page
 from optserve_client.session import Session
@@ -252,7 +252,11 @@ class Client:
                     effect = next(steps)
                     continue
                 try:
-                    answer = self._transport.send(effect.request)
+                    answer = None
+                    if isinstance(effect, Send):
+                        answer = self._transport.send(effect.request)
+                    else:
+                        effect.do()
                 except BaseException as exc:
                     effect = steps.throw(exc)
                 else:

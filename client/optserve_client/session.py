@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optserve_client import _arguments, _calls, _worker_calls, wire
 from optserve_client._values import Json, Params, StepResult
+from optserve_client.compress import Compressor
 
 if TYPE_CHECKING:
     from optserve_client.client import Client
@@ -49,6 +50,7 @@ class Session:
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
         abandon: bool = False,
+        compress: Compressor | None = None,
     ) -> StepResult:
         """Take one optimizer step with ``grads`` and return the new params.
 
@@ -75,6 +77,9 @@ class Session:
             returns: What the result's ``params`` hold.
             return_dtype: In which dtype, rounded if it is narrower.
             abandon: Give up an open LBFGS line search first.
+            compress: Send the gradients in fewer bytes, as :class:`optserve_client.TopK`, ``Int8``
+                or ``Half`` do. What is not sent is kept by the client, for this session, and added
+                to the gradients of the next step with ``compress``.
         """
         fields = _arguments.step_fields(
             returns,
@@ -97,6 +102,8 @@ class Session:
                 none or (),
                 fields,
                 self._dtype,
+                compress,
+                self._client._lanes.unsent(self.id),
                 patience_s=self._client._patience_s,
             )
         )
