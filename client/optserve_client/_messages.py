@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import numpy as np
@@ -32,6 +32,12 @@ class Request:
     target: str
     headers: Mapping[str, str]
     pieces: tuple[bytes | memoryview, ...] = ()
+    #: How long the server may let it wait for others before it works on the answer.
+    wait_s: float = 0.0
+    #: Whether 202, which says that it still waits, is no answer yet: then it is sent again.
+    patient: bool = False
+    #: Whom to tell that the server has done it.
+    acknowledged: Callable[[Answer], None] | None = None
 
     @property
     def length(self) -> int:
@@ -63,8 +69,7 @@ class Request:
 
     def kept(self) -> Request:
         """Return a copy that does not change when the caller's arrays do."""
-        pieces = tuple(bytes(piece) for piece in self.pieces)
-        return Request(method=self.method, target=self.target, headers=self.headers, pieces=pieces)
+        return replace(self, pieces=tuple(bytes(piece) for piece in self.pieces))
 
     def same_as(self, other: Request) -> bool:
         return (self.method, self.target, *self.pieces) == (
@@ -72,6 +77,15 @@ class Request:
             other.target,
             *other.pieces,
         )
+
+
+class Late(Protocol):
+    """Tensors, and fields beside them, that are not known before the request goes out."""
+
+    def made(self) -> tuple[Mapping[str, wire.Tensor], Mapping[str, Any]]: ...
+
+    def acknowledged(self, answer: Answer) -> None:
+        """Take note that the server has done what was :meth:`made` last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +99,8 @@ class Draft:
     fields: Mapping[str, Any] | None = None
     #: Tensors by their names in the frame (``grad/w``); with them the body is a frame, else JSON.
     tensors: Mapping[str, wire.Tensor] | None = None
+    #: Further tensors, which come first.
+    late: Late | None = None
     #: A whole frame, or JSON text, as it is.
     frame: memoryview | None = None
     text: str | None = None
@@ -92,6 +108,9 @@ class Draft:
     accept: str = JSON
     #: Whether the request takes the field ``generation``.
     guarded: bool = False
+    #: As a :class:`Request` has them.
+    wait_s: float = 0.0
+    patient: bool = False
 
     def request(self, stamp: Mapping[str, Any] | None = None) -> Request:
         """Return the request with ``stamp`` (worker, epoch, seq) in its fields, else its query."""
@@ -107,15 +126,25 @@ class Draft:
         elif self.text is not None:
             pieces, kind = (self.text.encode(),), JSON
         elif self.tensors is not None:
-            metadata = {wire.META_KEY: to_json(fields or {})}
-            pieces, kind = tuple(wire.encode(self.tensors, metadata)), wire.SAFETENSORS
+            late, more = self.late.made() if self.late else ({}, {})
+            metadata = {wire.META_KEY: to_json({**(fields or {}), **more})}
+            pieces = tuple(wire.encode({**late, **self.tensors}, metadata))
+            kind = wire.SAFETENSORS
         elif fields is not None:
             pieces, kind = (to_json(fields).encode(),), JSON
         headers = {"Accept": self.accept, **self.headers}
         if kind is not None:
             headers |= {"Content-Type": kind, "Content-Length": str(sum(map(len, pieces)))}
         target = self.path + ("?" + urlencode(query) if query else "")
-        return Request(method=self.method, target=target, headers=headers, pieces=pieces)
+        return Request(
+            method=self.method,
+            target=target,
+            headers=headers,
+            pieces=pieces,
+            wait_s=self.wait_s,
+            patient=self.patient,
+            acknowledged=self.late.acknowledged if self.late else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +199,16 @@ class Answer:
     def error(self) -> errors.OptserveError:
         """Return the error that the answer stands for."""
         try:
-            problem = json.loads(bytes(self.body))
-        except ValueError:
+            problem = self.scalars
+        except errors.ServerError:
             problem = None
-        if not isinstance(problem, dict):
+        if not isinstance(problem, dict) or not self.body:
             text = bytes(self.body[:200]).decode("utf-8", "replace").strip()
             problem = {"detail": f"HTTP {self.status}" + (f": {text}" if text else "")}
-        return errors.from_problem(self.status, problem)
+        error = errors.from_problem(self.status, problem)
+        if isinstance(error, errors.StaleGradient):
+            error.params = self.params or None
+        return error
 
     def retry_after_s(self) -> float:
         """Return how long the server asks to wait; 0 if it does not say."""

@@ -390,12 +390,22 @@ def test_a_removed_worker_is_fenced_until_it_registers() -> None:
         with pytest.raises(Fenced) as refused:
             ledger.check(identity, NOW)
         assert refused.value.detail == "worker 'w1' was removed; it has to register again"
+        assert refused.value.extra == {"epoch": 1, "last_seq": 4, "removed": True}
     assert list(ledger.workers()) == []
     assert ledger.next_epoch("w1") == 2
     ledger.register("w1", 2, NOW)
     assert ledger.check(by_worker(1, epoch=2), NOW) is None
     with pytest.raises(Fenced):
         ledger.check(by_worker(5, epoch=1), NOW)
+
+
+def test_an_older_namesake_of_a_removed_worker_is_not_asked_to_register() -> None:
+    ledger = with_seqs(4)
+    ledger.register("w1", 2, NOW)
+    ledger.remove("w1")
+    with pytest.raises(Fenced, match="sent epoch 1, the current one is 2") as refused:
+        ledger.check(by_worker(5, epoch=1), NOW)
+    assert "removed" not in refused.value.extra
 
 
 def test_only_who_is_there_can_be_removed() -> None:

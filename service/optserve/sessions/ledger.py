@@ -180,11 +180,13 @@ class Ledger:
         current, last = self.position(worker)
         at = {"epoch": current, "last_seq": last}
         known = self._workers.get(worker)
-        if known is not None and known.removed:
-            raise Fenced(f"worker {worker!r} was removed; it has to register again", **at)
-        if epoch is not None and epoch < current:
+        if epoch is not None and epoch < current:  # also where a newer namesake was removed
             raise Fenced(
                 f"worker {worker!r} sent epoch {epoch}, the current one is {current}", **at
+            )
+        if known is not None and known.removed:
+            raise Fenced(
+                f"worker {worker!r} was removed; it has to register again", **at, removed=True
             )
         if epoch is not None and epoch > current:
             raise OutOfSequence(
