@@ -174,7 +174,7 @@ def step(
             dense[name] = in_session(array(grad, where, dtype), where, dtype)
     late = None
     if compress is not None:
-        late = Packed(compress, unsent or Unsent(), dense, fields.get("loss_scale", 1.0))
+        late = Packed(compress, unsent or Unsent(), dense, fields.get("loss_scale", 1.0), kind)
     # Who says of which version a gradient is may be one of several workers: then it waits for the
     # others, and if it is too late it needs what it asks for all the same.
     patient = "base_version" in fields and "wait_s" not in fields
