@@ -1,4 +1,4 @@
-"""The client that blocks; ``aio.py`` has its twin with the same methods."""
+"""The client that blocks; ``aio_client.py`` has its twin with the same methods."""
 
 from __future__ import annotations
 
