@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from optserve_client import _arguments, _calls, _worker_calls, wire
-from optserve_client._values import Json, Params, StepResult
+from optserve_client._values import Json, Params, StepResult, Weights
 from optserve_client.compress import Compressor
 from optserve_client.session import Session
 
@@ -79,15 +79,37 @@ class AsyncSession:
             )
         )
 
+    @overload
     async def params(
         self,
-        weights: Literal["live", "eval", "ema", "best"] = "live",
+        weights: Weights = "live",
         *,
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
-    ) -> Params:
+    ) -> Params: ...
+
+    @overload
+    async def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int,
+        wait_s: float | None = None,
+    ) -> Params | None: ...
+
+    async def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int | None = None,
+        wait_s: float | None = None,
+    ) -> Params | None:
         return await self._client._run(
-            _calls.params(self.id, weights, names, if_none_match, None, None)
+            _calls.params(self.id, weights, names, if_none_match, min_version, wait_s)
         )
 
     async def put_params(
