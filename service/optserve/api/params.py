@@ -8,8 +8,9 @@ from fastapi import Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
+from optserve.api.coded import VARY
 from optserve.api.decode import Claim, read_request
-from optserve.api.negotiation import matches
+from optserve.api.negotiation import matching
 from optserve.api.openapi import BINARY, operation
 from optserve.api.pulling import Version, in_memory, pull
 from optserve.api.replies import Encoding, encode_params, encode_reply
@@ -81,13 +82,13 @@ async def get_params(
         published = published.subset(layout.names)
     tag = wire.dtype_tag(dtype) if dtype else published.layout.dtype
     etag = published.etag(form, wire.dtype_name(tag))
-    if if_none_match is not None and matches(etag, if_none_match):
-        return not_modified(etag)
+    if if_none_match is not None and (known := matching(etag, if_none_match)):
+        return not_modified(known)
     return await encode_params(media, session.id, published, encoding, tag, etag)
 
 
 def not_modified(etag: str) -> Response:
-    return Response(status_code=304, headers={"etag": etag})
+    return Response(status_code=304, headers={"etag": etag, "vary": VARY})
 
 
 def chosen(given: list[str], layout: Layout) -> Layout:
