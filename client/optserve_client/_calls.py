@@ -43,7 +43,7 @@ def scalars(answer: Answer) -> Any:
     return answer.scalars
 
 
-def _nothing(answer: Answer) -> None:
+def nothing(answer: Answer) -> None:
     return None
 
 
@@ -51,7 +51,7 @@ def _body(answer: Answer) -> memoryview:
     return answer.body
 
 
-def _step_result(answer: Answer, asked: str) -> StepResult:
+def step_result(answer: Answer, asked: str) -> StepResult:
     raw: Json = answer.scalars
     # 202: the round is open, and what comes of it is not known.
     none = asked == "none" or answer.status == 202
@@ -165,11 +165,8 @@ def step(
         where = f"{what}[{name!r}]"
         if grad is None:
             without.append(name)
-        elif isinstance(grad, Sparse):
-            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
-            tensors[f"sparse/{name}/values"] = array(grad.values, f"{where}.values", dtype)
-        elif compress is None:
-            tensors[f"{kind}/{name}"] = array(grad, where, dtype)
+        elif compress is None or isinstance(grad, Sparse):
+            tensors |= gradient(name, grad, dtype, kind)
         else:
             dense[name] = in_session(array(grad, where, dtype), where, dtype)
     late = None
@@ -195,7 +192,7 @@ def step(
     dry, asked = fields.get("dry_run", False), fields.get("return", "params")
     return Call(
         draft=draft,
-        read=lambda answer: _step_result(answer, asked),
+        read=lambda answer: step_result(answer, asked),
         changes=None if dry else session_id,
     )
 
@@ -205,6 +202,17 @@ def _pushed(grads: Mapping[str, Any] | None, deltas: Mapping[str, Any] | None) -
     if (grads is None) is (deltas is None):
         raise TypeError("a step takes grads, or, where workers push deltas, deltas=")
     return ("grads", "grad") if deltas is None else ("deltas", "delta")
+
+
+def gradient(name: str, grad: Any, dtype: str | None, kind: str = "grad") -> dict[str, wire.Tensor]:
+    """Return one gradient (or delta) by its names in a frame."""
+    what = f"{kind}s[{name!r}]"
+    if isinstance(grad, Sparse):
+        return {
+            f"sparse/{name}/indices": np.asarray(grad.indices, np.int64),
+            f"sparse/{name}/values": array(grad.values, f"{what}.values", dtype),
+        }
+    return {f"{kind}/{name}": array(grad, what, dtype)}
 
 
 def params(
@@ -324,7 +332,7 @@ def unpin(session_id: str, version: int) -> Call[Json]:
 
 def delete(session_id: str) -> Call[None]:
     draft = Draft(method="DELETE", path=session_path(session_id))
-    return Call(draft=draft, read=_nothing, changes=session_id, deletes=True)
+    return Call(draft=draft, read=nothing, changes=session_id, deletes=True)
 
 
 def export_state(session_id: str) -> Call[memoryview]:

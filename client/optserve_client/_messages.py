@@ -71,7 +71,9 @@ class Request:
         """Return a copy that does not change when the caller's arrays do."""
         return replace(self, pieces=tuple(bytes(piece) for piece in self.pieces))
 
-    def same_as(self, other: Request) -> bool:
+    def same_as(self, other: object) -> bool:
+        if not isinstance(other, Request):
+            return False
         return (self.method, self.target, *self.pieces) == (
             other.method,
             other.target,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from optserve_client import _arguments, _calls, _worker_calls, wire
 from optserve_client._values import Json, Params, StepResult, Weights
 from optserve_client.compress import Compressor
+from optserve_client.push import AsyncPush
 from optserve_client.session import Session
 
 if TYPE_CHECKING:
@@ -78,6 +79,38 @@ class AsyncSession:
                 patience_s=self._client._patience_s,
             )
         )
+
+    def push(
+        self,
+        *,
+        none: Iterable[str] | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        loss_scale: float | None = None,
+        base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
+        deltas: bool = False,
+        dry_run: bool = False,
+        returns: Literal["params", "delta", "none"] = "params",
+        return_dtype: str | None = None,
+        abandon: bool = False,
+    ) -> AsyncPush:
+        fields = _arguments.step_fields(
+            returns,
+            {"dry_run": dry_run, "abandon": abandon},
+            groups=groups,
+            loss=loss,
+            metrics=metrics,
+            loss_scale=loss_scale,
+            base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
+            return_dtype=return_dtype,
+        )
+        kind = "delta" if deltas else "grad"
+        return AsyncPush(self._client, self.id, fields, none, self._dtype, kind)
 
     @overload
     async def params(

@@ -9,7 +9,8 @@ them back.
     │   ├── Malformed                   400 malformed
     │   ├── NotFound                    404 not_found
     │   │   ├── SessionNotFound         404 session_not_found
-    │   │   └── WorkerNotFound          404 worker_not_found
+    │   │   ├── WorkerNotFound          404 worker_not_found
+    │   │   └── PushNotFound            404 push_not_found
     │   ├── MethodNotAllowed            405 method_not_allowed
     │   ├── NotAcceptable               406 not_acceptable
     │   ├── BodyTimeout                 408 body_timeout
@@ -105,6 +106,12 @@ class WorkerNotFound(NotFound):
     """The session knows no such worker."""
 
     code = "worker_not_found"
+
+
+class PushNotFound(NotFound):
+    """There is no such push: it expired, was given up, or the server has restarted."""
+
+    code = "push_not_found"
 
 
 class MethodNotAllowed(RequestError):

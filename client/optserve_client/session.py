@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from optserve_client import _arguments, _calls, _worker_calls, wire
 from optserve_client._values import Json, Params, StepResult, Weights
 from optserve_client.compress import Compressor
+from optserve_client.push import Push
 
 if TYPE_CHECKING:
     from optserve_client.client import Client
@@ -107,6 +108,48 @@ class Session:
                 patience_s=self._client._patience_s,
             )
         )
+
+    def push(
+        self,
+        *,
+        none: Iterable[str] | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        loss_scale: float | None = None,
+        base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
+        deltas: bool = False,
+        dry_run: bool = False,
+        returns: Literal["params", "delta", "none"] = "params",
+        return_dtype: str | None = None,
+        abandon: bool = False,
+    ) -> Push:
+        """Return a step whose gradients are sent one by one; nothing is sent yet.
+
+        The arguments are those of :meth:`step`; ``deltas``: what is put is what the worker's params
+        moved by. Use ``with``, which gives it up if it is not
+        committed::
+
+            with session.push(loss=loss) as push:
+                push.put("w", grad)  # from any thread, in any order
+                params = push.commit().params
+        """
+        fields = _arguments.step_fields(
+            returns,
+            {"dry_run": dry_run, "abandon": abandon},
+            groups=groups,
+            loss=loss,
+            metrics=metrics,
+            loss_scale=loss_scale,
+            base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
+            return_dtype=return_dtype,
+        )
+        kind = "delta" if deltas else "grad"
+        return Push(self._client, self.id, fields, none, self._dtype, kind)
 
     @overload
     def params(

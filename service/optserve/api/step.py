@@ -41,7 +41,7 @@ from optserve_client.wire import BytesLike
 
 routes = router("step", Direct)
 
-_ERRORS = [
+ERRORS = [
     SessionNotFound,
     Conflict,
     Fenced,
@@ -69,7 +69,7 @@ _ERRORS = [
         binary_reply=True,
         also={202: "StepReply"},
         parameters=[KEY_PARAMETER],
-        errors=_ERRORS,
+        errors=ERRORS,
     ),
 )
 async def post_step(session_id: SessionId, request: Request) -> Response:
@@ -88,7 +88,7 @@ _ANY_STEP = operation(
     binary_reply=True,
     also={201: "StepReply", 202: "StepReply"},
     parameters=[KEY_PARAMETER],
-    errors=[*_ERRORS, SessionExists],
+    errors=[*ERRORS, SessionExists],
 )
 
 

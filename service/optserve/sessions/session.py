@@ -20,12 +20,13 @@ from optserve.optim.layout import Layout
 from optserve.sessions import describe, membership, operations, rounds, stepping
 from optserve.sessions.committing import Committer
 from optserve.sessions.gathering import Gathering
-from optserve.sessions.holding import Holding, Home
+from optserve.sessions.holding import Holding, Home, Shape
 from optserve.sessions.identity import Duplicate, Identity
 from optserve.sessions.intake import Step, StepIntake, step_from_json
 from optserve.sessions.journaling import KEPT_BYTES, Unkept
 from optserve.sessions.operation import Reaching
 from optserve.sessions.published import Published
+from optserve.sessions.pushes import Pushes
 from optserve.sessions.replay import write_frame
 from optserve.sessions.reply import Reply, counters, step_reply
 from optserve.sessions.state import SessionState
@@ -65,6 +66,7 @@ class Session:
         #: When somebody last asked for something, on the monotonic clock.
         self.used_at = time.monotonic()
         self._sightings = membership.Sightings()
+        self.pushes = Pushes()  # steps that come tensor by tensor
         self._store = home.store
         self._executor = home.executor
         self._scribes = home.scribes
@@ -181,6 +183,11 @@ class Session:
             digest=digest,
         )
 
+    def stage(self) -> tuple[Shape, Callable[[int], PayloadWriter | Unkept]]:
+        """Return what :attr:`pushes` need: they are used like any request."""
+        self.used_at = time.monotonic()
+        return self._held.known_shape(), self._writer
+
     def _writer(self, size: int) -> PayloadWriter | Unkept:
         durability = self.row.about["durability"]
         # A round reads its pushes back.
@@ -288,7 +295,6 @@ class Session:
         abandon: bool = False,
     ) -> Future[Reply]:
         """Apply any change but a step: see :mod:`optserve.sessions.operations`."""
-
         self.used_at = time.monotonic()
         return self._turn.run(lambda: self._change(operation, identity, if_match, abandon))
 
