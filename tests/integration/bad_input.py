@@ -150,6 +150,20 @@ def coo(indices: Any, values: Any) -> dict[str, Any]:
     return {"sparse/e/indices": np.array(indices, "<i8"), "sparse/e/values": f4(values)}
 
 
+def topk(indices: Any, values: Any, name: str = "w") -> dict[str, Any]:
+    """A gradient of b, and a top-k one of ``name``."""
+    tensors = {f"topk/{name}/indices": np.array(indices, "<i8"), f"topk/{name}/values": f4(values)}
+    return {"grad/b": f4(1), **tensors}
+
+
+def int8(*scales: float) -> dict[str, Any]:
+    return {
+        "grad/b": f4(1),
+        "int8/w/values": np.array([[1, -2], [3, 4]], "i1"),
+        "int8/w/scales": f4(scales),
+    }
+
+
 def base64(dtype: str, shape: list[int], data: str) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data": data}
 

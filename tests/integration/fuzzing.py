@@ -186,6 +186,7 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     add("POST", f"{plain}/step", {"grads": {"w": W}, "none": ["b"], "params": PARAMS})
     base64 = {n: wire.tensor_to_json(np.array(v, "<f4"), "base64") for n, v in GRADS.items()}
     add("POST", f"{plain}/step", {"grads": base64, "return_encoding": "base64"})
+    add("POST", f"{plain}/step", frame(COMPRESSED, {"int8_block": 1}))
     add("PUT", f"{plain}/params", frame(f32("param", PARAMS), {"abandon": False}))
     add("PUT", f"{plain}/metrics", {"version": 1, "metrics": {"acc": 0.5}})
     add("POST", f"{plain}/groups", {"params": {"new": [1.0]}, "lr": 0.5})
@@ -209,6 +210,12 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
 
 
 KEY = {"Idempotency_Key": "k-1"}
+COMPRESSED = {
+    "topk/w/indices": np.array([0, 3], "<i8"),
+    "topk/w/values": np.array([1.0, -1.0], "<f4"),
+    "int8/b/values": np.array(-127, "i1"),
+    "int8/b/scales": np.array([0.5], "<f4"),
+}
 PARAMS_AND_GRADS = {"params": PARAMS, "grads": GRADS}
 SCHEDULERS: list[Any] = [
     {"name": "StepLR", "step_size": 2, "gamma": 0.5, "advance": "step"},

@@ -18,7 +18,8 @@ DESCRIPTION = """Keeps optimizer state: post gradients, get updated parameters.
 
 Bodies and replies with tensors are JSON or safetensors, chosen by `Content-Type` and `Accept`. In a
 safetensors body the tensors are called `param/<name>`, `grad/<name>`, `sparse/<name>/indices` and
-`sparse/<name>/values`; all other fields are one JSON string in `__metadata__["optserve"]`. Replies
+`sparse/<name>/values`, `topk/<name>/indices` and `topk/<name>/values`, or `int8/<name>/values` and
+`int8/<name>/scales`; all other fields are one JSON string in `__metadata__["optserve"]`. Replies
 look the same.
 
 Every request that changes a session may carry `worker`, `epoch` and `seq`, or an `Idempotency-Key`

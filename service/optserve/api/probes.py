@@ -20,6 +20,7 @@ from optserve_client.errors import Unavailable
 FEATURES = [
     "base64",
     "catalogue",
+    "compressed_gradients",
     "dry_run",
     "durability",
     "exactly_once",

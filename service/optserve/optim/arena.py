@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from weakref import WeakSet
 
 import numpy as np
 import torch
 
-from optserve.optim import rounding
+from optserve.optim import compressed, rounding
 from optserve.optim.layout import Layout
 from optserve.optim.rounding import TORCH_DTYPES
 from optserve_client import wire
@@ -113,8 +113,8 @@ class GradientBuffer:
         self.layout = layout
         self.arena = Arena(layout)
         self._raw = self.arena.bytes.data
-        #: Gradients that are still to be widened: name, wire dtype, and where they lie.
-        self._narrow: list[tuple[str, str, memoryview]] = []
+        #: What is still to be done to gradients that did not come as the update reads them.
+        self._undone: list[Callable[[], None]] = []
         self._give_back = give_back
 
     def view(self, name: str) -> memoryview:
@@ -130,21 +130,39 @@ class GradientBuffer:
     def narrow(self, name: str, tag: str) -> memoryview:
         """Return where one gradient goes in the narrower wire dtype ``tag``: to the end of its
         place, until :meth:`widen`."""
-        slot = self.layout.by_name[name]
-        place = self._raw[slot.end - slot.numel * wire.itemsize(tag) : slot.end]
-        self._narrow.append((name, tag, place))
+        place = self.end_of(name, tag)
+        self._undone.append(partial(rounding.widen, self.arena.views[name], place, tag))
         return place
 
+    def end_of(self, name: str, tag: str) -> memoryview:
+        """Return the end of the place of one gradient, as large as it is in the wire dtype
+        ``tag``."""
+        slot = self.layout.by_name[name]
+        return self._raw[slot.end - slot.numel * wire.itemsize(tag) : slot.end]
+
+    def scatter(self, name: str, indices: np.ndarray, values: wire.Tensor) -> None:
+        """Have :meth:`widen` make one gradient of ``values`` at flat ``indices``, zero elsewhere.
+
+        The indices are in bounds and different, the values in the session's dtype.
+        """
+        self._undone.append(partial(compressed.scatter, self.arena.views[name], indices, values))
+
+    def scale(self, name: str, scales: np.ndarray, block: int) -> None:
+        """Have :meth:`widen` make one gradient of the int8 values at the :meth:`end_of` its place,
+        each ``block`` of them times their own of the float32 ``scales``."""
+        view, place = self.arena.views[name], self.end_of(name, "I8")
+        self._undone.append(partial(compressed.scale, view, place, scales, block))
+
     def widen(self) -> None:
-        """Convert what came in a narrower dtype, where it lies. For a thread that computes, once
-        all of it is there and nobody needs its bytes any more."""
-        for name, tag, place in self._narrow:
-            rounding.widen(self.arena.views[name], place, tag)
-        self._narrow.clear()
+        """Convert what came in a narrower dtype or compressed, where it lies. For a thread that
+        computes, once all of it is there and nobody needs its bytes any more."""
+        for do in self._undone:
+            do()
+        self._undone.clear()
 
     def release(self) -> None:
         """Give the buffer back; its content is lost."""
-        self._narrow.clear()
+        self._undone.clear()
         self._give_back(self)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from optserve.optim.arena import GradientBuffer
+from optserve.sessions import compressed
 from optserve.sessions.fields import StepFields
 from optserve.sessions.intake import Step, StepIntake, read_fields
 from optserve.sessions.round import Contribution
 from optserve.sessions.step import Expected, Lease
-from optserve.store.base import Payload
+from optserve.store.base import BytesLike, Payload
 from optserve_client import wire
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from optserve.optim.reduce import Source
 
 _PREFIX_BYTES = 8
+#: Kinds of tensors of which two make a gradient.
+_IN_HALVES = {"sparse", *compressed.HALVES}
 
 
 @contextmanager
@@ -30,60 +35,74 @@ def opened(contributions: list[Contribution], expected: Expected) -> Iterator[li
     with ExitStack() as stack:
         sources: list[Source] = []
         for contribution in contributions:
-            stream = Stream(contribution.payload)
+            stream = Stream(contribution.payload, expected)
             stack.callback(stream.close)
-            if stream.fits(expected):
-                sources.append(stream)
-            else:  # in another order, sparse or compressed: as a whole
-                # Not of the pool, where all that a round needs could be too much at a time.
-                lease = partial(GradientBuffer, expected.dense, lambda _: None)
-                sources.append(Decoded(decode(contribution.payload, expected, lease)))
+            sources.append(stream if stream.in_order else Whole(contribution.payload, expected))
         yield sources
 
 
-def decode(payload: Payload, expected: Expected, lease: Lease) -> Step:
+def decode(pieces: Iterable[BytesLike], expected: Expected, lease: Lease) -> Step:
     """Return the step whose wire bytes the journal holds."""
     intake = StepIntake(expected=expected, lease=lease, writer=None)
-    for chunk in payload.chunks():
-        intake.feed(chunk)
+    for piece in pieces:
+        intake.feed(piece)
     return intake.finish()
 
 
 class Stream:
-    """The dense tensors of a frame that come in the session's order."""
+    """A frame whose parameters come in the session's order: they are read as they come.
 
-    def __init__(self, payload: Payload) -> None:
+    A gradient that is compressed or sparse is decoded when its turn comes.
+    """
+
+    def __init__(self, payload: Payload, expected: Expected) -> None:
         self._chunks = iter(payload.chunks())
         self._piece = memoryview(b"")
+        self._expected = expected
         length = wire.header_length(self._take(_PREFIX_BYTES))
         header = wire.parse_header(self._take(length))
-        self._tensors = header.tensors
-        self.loss_scale = StepFields.parse(read_fields(header.metadata)).loss_scale
-        self._infos: dict[str, wire.TensorInfo] = {}
+        self._fields = StepFields.parse(read_fields(header.metadata))
+        self.loss_scale = self._fields.loss_scale
+        #: The tensors of each parameter.
+        self._infos: dict[str, list[wire.TensorInfo]] = {}
+        names = [_parameter(info.name) for info in header.tensors]
+        for name, info in zip(names, header.tensors, strict=True):
+            self._infos.setdefault(name, []).append(info)
+        come = [name for name, _ in groupby(names)]
+        #: Whether the parameters come one after the other, as the session has them.
+        self.in_order = come == [name for name in expected.layout.names if name in self._infos]
+        self._decoded: Decoded | None = None
 
     def close(self) -> None:
         """Read no more."""
         self._chunks = iter(())
 
-    def fits(self, expected: Expected) -> bool:
-        """Say whether the tensors can be read as they come."""
-        self._infos = {
-            info.name.removeprefix(f"{expected.kind}/"): info
-            for info in self._tensors
-            if info.name.startswith(f"{expected.kind}/")
-        }
-        wanted = [name for name in expected.layout.names if name in self._infos]
-        return len(self._infos) == len(self._tensors) and list(self._infos) == wanted
-
     def has(self, name: str) -> bool:
         return name in self._infos
 
     def read(self, name: str, count: int) -> tuple[memoryview, str]:
-        tag = self._infos[name].dtype
-        return self._take(count * wire.itemsize(tag)), tag
+        [tag, *more] = [info.dtype for info in self._infos[name]]
+        if not more:
+            return self._take(count * wire.itemsize(tag)), tag
+        if self._decoded is None or not self._decoded.has(name):
+            self._decoded = Decoded(self._decode(name))
+        return self._decoded.read(name, count)
 
     def coo(self, name: str) -> Coo:
-        raise AssertionError("a stream has no sparse gradients")
+        return self._decode(name).sparse[name]
+
+    def _decode(self, name: str) -> Step:
+        """Return the gradient of one parameter as a step of its own."""
+        infos = self._infos[name]
+        said = {} if self._fields.int8_block is None else {"int8_block": self._fields.int8_block}
+        metadata = {wire.META_KEY: json.dumps(said)} if _is_int8(infos) else {}
+        head = wire.encode_header([(i.name, i.dtype, i.shape) for i in infos], metadata)
+        body = self._take(sum(info.end - info.begin for info in infos))
+        whole = self._expected
+        alone = Expected(
+            layout=whole.layout.subset([name]), sparse=whole.sparse & {name}, kind=whole.kind
+        )
+        return decode([head, body], alone, partial(GradientBuffer, alone.dense, _unused))
 
     def _take(self, nbytes: int) -> memoryview:
         """Return the next bytes in memory of their own, which is aligned for every dtype."""
@@ -99,22 +118,44 @@ class Stream:
 
 
 class Decoded:
-    """A push that was read as a whole."""
+    """Gradients that lie in a buffer."""
 
     def __init__(self, step: Step) -> None:
-        self.step = step
+        self._step = step
         self.loss_scale = step.fields.loss_scale
         step.buffer.widen()
         self._at: dict[str, int] = {}
 
     def has(self, name: str) -> bool:
-        return name not in self.step.none
+        return name in self._step.expected.layout.by_name and name not in self._step.none
 
     def read(self, name: str, count: int) -> tuple[memoryview, str]:
-        dtype = self.step.buffer.layout.dtype
+        dtype = self._step.buffer.layout.dtype
         at = self._at.get(name, 0)
         end = self._at[name] = at + count * wire.itemsize(dtype)
-        return self.step.buffer.view(name)[at:end], dtype
+        return self._step.buffer.view(name)[at:end], dtype
 
     def coo(self, name: str) -> Coo:
-        return self.step.sparse[name]
+        return self._step.sparse[name]
+
+
+class Whole(Decoded):
+    """A frame in another order. Its buffer is not of the pool, where all that a round needs could
+    be too much at a time."""
+
+    def __init__(self, payload: Payload, expected: Expected) -> None:
+        lease = partial(GradientBuffer, expected.dense, _unused)
+        super().__init__(decode(payload.chunks(), expected, lease))
+
+
+def _parameter(full_name: str) -> str:
+    kind, _, rest = full_name.partition("/")
+    return rest.rpartition("/")[0] if kind in _IN_HALVES else rest
+
+
+def _is_int8(infos: list[wire.TensorInfo]) -> bool:
+    return infos[0].name.startswith("int8/")
+
+
+def _unused(buffer: GradientBuffer) -> None:
+    """Nobody wants the buffer back."""

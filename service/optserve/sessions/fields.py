@@ -182,6 +182,8 @@ class StepFields(Fields):
     return_: Annotated[Literal["params", "delta", "none"], Field(alias="return")] = "params"
     return_encoding: Literal["list", "base64"] | None = None
     return_dtype: Annotated[str, _our_check(_check_reply_dtype)] | None = None
+    #: Elements that share a scale in ``int8/<name>/values``; 256 unless it is said.
+    int8_block: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     #: Give up an open LBFGS line search.
     abandon: bool = False
 

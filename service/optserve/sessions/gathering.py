@@ -69,7 +69,7 @@ class Gathering:
         self._alarms = alarms
         self._load = load
         self._waiters: list[_Waiter] = []
-        #: Number and deadline of the round that an alarm is set for.
+        #: The round that an alarm is set for, and when it goes off.
         self._watched: tuple[int, float] | None = None
 
     # --- a push ----------------------------------------------------------------------------------
@@ -145,9 +145,11 @@ class Gathering:
             self.watch(state)
 
     def watch(self, state: SessionState) -> None:
-        """Set an alarm for the deadline of the open round; wake those whose push is in none."""
+        """Set an alarm for the end of the open round; wake those whose push is in none."""
         if state.round.open and (how := workers.rounds(state.config)) is not None:
-            watched = (state.round.number, state.round.deadline(how))
+            # A process may have ended between the last push and the close.
+            full = len(state.round.contributions) >= how["count"]
+            watched = (state.round.number, 0.0 if full else state.round.deadline(how))
             if watched != self._watched:
                 self._watched = watched
                 self._alarms.after(max(watched[1] - time.time(), 0.0), self._alarm)
@@ -169,7 +171,9 @@ class Gathering:
             how = workers.rounds(state.config)
             if how is None or not state.round.open:
                 return
-            if state.round.deadline(how) > time.time():
+            if len(state.round.contributions) >= how["count"]:
+                yield from self._close(state, "count", None)
+            elif state.round.deadline(how) > time.time():
                 self.watch(state)
             elif len(state.round.contributions) >= how["quorum"]:
                 yield from self._close(state, "deadline", None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optserve.sessions import compressed
 from optserve.sessions.fields import StepFields, load_object, shown
 from optserve.sessions.journaling import BEHIND_BYTES, Journaling, JournalingBehind, Writer
 from optserve.sessions.passing import Passing
@@ -40,9 +41,10 @@ class StepIntake:
     """Parses one safetensors body. Feed it, then finish or abort; whatever raises has aborted.
 
     Tensors: ``grad/<name>``, or ``delta/<name>`` as the session wants; ``sparse/<name>/indices``
-    (int64 ``[n, nnz]``) and ``sparse/<name>/values``; ``param/<name>`` for those params that
-    replace the session's. A gradient goes into place as it arrives; a narrower one waits there
-    until the update wants it.
+    (int64 ``[n, nnz]``) and ``sparse/<name>/values``; those of
+    :mod:`optserve.sessions.compressed`; ``param/<name>`` for those params that replace the
+    session's. A gradient goes into place as it arrives; a narrower one waits there until the
+    update wants it.
     """
 
     def __init__(
@@ -177,6 +179,8 @@ class StepIntake:
             if kind == self._expected.kind:
                 same = info.dtype == self._expected.layout.dtype
                 target = buffer.view(name) if same else buffer.narrow(name, info.dtype)
+            elif kind == "int8" and name.endswith("/values"):
+                target = buffer.end_of(name.removesuffix("/values"), info.dtype)
             else:
                 raw = np.empty(info.end - info.begin, np.uint8)
                 self._staged[info.name] = wire.from_bytes(info.dtype, info.shape, raw.data)
@@ -195,9 +199,11 @@ class StepIntake:
         """Refuse what this session cannot take."""
         assert self.fields is not None
         expected, none = self._expected, self.fields.none
-        if not none and any(infos is header.tensors for infos in expected.known):
+        usual = not none and self.fields.int8_block is None
+        if usual and any(infos is header.tensors for infos in expected.known):
             return
         dense: set[str] = set()
+        packed: list[wire.TensorInfo] = []
         halves: dict[str, dict[str, wire.TensorInfo]] = {}
         for info in header.tensors:
             what = shown(info.name)
@@ -212,15 +218,19 @@ class StepIntake:
                 name, _, half = name.rpartition("/")
                 expected.check_sparse(name, what)
                 halves.setdefault(name, {})[half] = info
+            elif compressed.split(info.name) is not None:
+                packed.append(info)
             else:
                 raise Invalid(
                     f"tensor {what} must be called {expected.kind}/<name>, param/<name>, "
-                    "sparse/<name>/indices or sparse/<name>/values"
+                    "sparse/<name>/indices or values, topk/<name>/indices or values, or "
+                    "int8/<name>/values or scales"
                 )
         for name, pair in halves.items():
             self._check_sparse(name, pair)
-        self._none = expected.check_complete(dense | halves.keys(), none)
-        if not none:
+        given = compressed.check(packed, dense, expected, self.fields, self._check_tensor)
+        self._none = expected.check_complete(dense | halves.keys() | given, none)
+        if usual:
             expected.known[:] = [header.tensors]
 
     def _check_tensor(self, info: wire.TensorInfo, shape: tuple[int, ...], what: str) -> None:
@@ -299,7 +309,7 @@ class StepIntake:
             kind, _, name = full_name.partition("/")
             if kind == "param":
                 params[name] = wire.widen(tensor, dtype, full_name)
-            elif name.endswith("/values"):
+            elif kind == "sparse" and name.endswith("/values"):
                 name = name.removesuffix("/values")
                 indices = self._staged[f"sparse/{name}/indices"]
                 assert isinstance(indices, np.ndarray)
@@ -307,6 +317,8 @@ class StepIntake:
                 check_indices(indices, shape, f"sparse/{name}/indices")
                 values = wire.widen(tensor, dtype, full_name)
                 sparse[name] = Sparse(indices=indices, values=values, shape=shape)
+        if self._buffer is not None:
+            compressed.unpack(self._staged, self._expected, self.fields, self._buffer)
         digest, payload = self._journal.seal() if self._journal is not None else (b"", None)
         step = Step(
             expected=self._expected,

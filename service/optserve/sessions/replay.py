@@ -184,7 +184,7 @@ def read_step(state: SessionState, event: Event) -> Step:
     """Return the step whose wire bytes the journal holds."""
     if event.payload is None:
         raise _gone(event)
-    return decode(event.payload, expected_of(state), state.engine.pool.lease)
+    return decode(event.payload.chunks(), expected_of(state), state.engine.pool.lease)
 
 
 def _gone(event: Event) -> PayloadGone:

@@ -109,6 +109,15 @@ class Expected:
         if name not in self.sparse:
             raise Invalid(f"{what} is sparse, but {name!r} was not declared sparse at creation")
 
+    def check_compressed(self, name: str, what: str) -> None:
+        """Refuse a compressed gradient for a parameter that is unknown or was declared sparse."""
+        self.slot_shape(name, what)
+        if name in self.sparse:
+            raise Invalid(
+                f"{what} stands for a dense gradient, but {name!r} was declared sparse: send "
+                f"{shown(f'sparse/{name}/indices')} and {shown(f'sparse/{name}/values')}"
+            )
+
     def check_coo(self, name: str, indices: tuple[int, ...], what: str) -> tuple[int, ...]:
         """Refuse impossible dimensions of ``indices``; return the shape that values must have."""
         shape = self.layout.by_name[name].shape
@@ -144,6 +153,13 @@ def check_indices(indices: np.ndarray, shape: tuple[int, ...], what: str) -> Non
             raise Invalid(f"{what}[{dim}, {at}] must be in [0, {shape[dim]}), got {int(row[at])}")
 
 
+def no_int8(block: int) -> Invalid:
+    """Return the refusal of an ``int8_block`` that has no effect."""
+    return Invalid(
+        f"int8_block is {block}, but the body has no int8/<name>/values", field="int8_block"
+    )
+
+
 def step_from_json(
     body: Mapping[str, Any],
     *,
@@ -163,6 +179,8 @@ def step_from_json(
             raise Invalid(f"{other}: the session takes {plural}", field=other)
     grads = _named_tensors(body, plural)
     fields = StepFields.parse({k: v for k, v in body.items() if k not in {plural, "params"}})
+    if fields.int8_block is not None:
+        raise no_int8(fields.int8_block)
     given = {name: value for name, value in grads.items() if value is not None}
     for name, value in grads.items():
         what = f"{plural}[{shown(name)}]"
