@@ -105,13 +105,15 @@ def work(job: Job, say: Say, hear: Callable[[], int | None]) -> None:
         version, params, number, until = held.version, held.arrays, 0, job.until
         while version < (until or version + 1) and number != job.pushes:
             loss, tensors = computed(job, shard, params, number)
+            which = {"push": [job.name, worker.epoch, worker.next_seq], "base": version}
+            say(sends=number, digest=digest(tensors), **which)
             number += 1
             try:
                 result = worker.push(tensors, version, loss=loss)
             except Conflict as exc:
                 if exc.code not in _TOLD:
                     raise
-                say(refused=exc.code, base=version)
+                say(refused=exc.code, **which)
                 wait_until(lambda: not worker.pending, "the end of a round", LIMIT_S)
                 held = worker.pull()
                 version, params = held.version, held.arrays
@@ -119,13 +121,10 @@ def work(job: Job, say: Say, hear: Callable[[], int | None]) -> None:
                 continue
             round_ = result.raw.get("round")
             say(
-                pushed=[job.name, worker.epoch, worker.seq],
-                base=version,
-                applied=result.applied_version,
+                made=result.applied_version,
                 round=round_ and round_["number"],
-                digest=digest(tensors),
-                duplicate=result.duplicate,
                 staleness=result.raw.get("staleness"),
+                **which,
             )
             assert result.params, "every answer brings params"
             version, params = result.version, result.params
@@ -157,7 +156,12 @@ class Hand:
     @property
     def pushed(self) -> list[dict[str, Any]]:
         """The pushes that were acknowledged, as far as it could tell."""
-        return [message for message in list(self.told) if "pushed" in message]
+        return [message for message in list(self.told) if "made" in message]
+
+    @property
+    def sent(self) -> list[dict[str, Any]]:
+        """The pushes that it made ready, before it sent them."""
+        return [message for message in list(self.told) if "sends" in message]
 
     @property
     def refused(self) -> Counter[str]:

@@ -1,7 +1,8 @@
 """What the journal of a session with rounds must say, and an oracle of its numbers.
 
 Nothing of the service computes here: rows and payloads come from the store, frames are read by the
-safetensors package, the update is torch's own.
+safetensors package, the update is torch's own. Payloads below the older of two snapshots are gone;
+what was sent is known from the workers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ from tests.crew import digest
 Arrays = dict[str, np.ndarray]
 #: A push: worker, epoch, seq.
 Push = tuple[str, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What a worker sent as one of its pushes."""
+
+    #: The version that the gradient was computed on, and on which of the worker's batches.
+    base: int
+    number: int
+    digest: str
 
 
 def arrays(event: Event, kind: str) -> Arrays:
@@ -43,6 +54,11 @@ class Ended:
     @property
     def closed(self) -> bool:
         return self.end.kind == "close"
+
+    @property
+    def order(self) -> list[Push]:
+        """Its pushes in the order in which they combine."""
+        return sorted(self.pushes, key=lambda push: push[0].encode())
 
     @property
     def opened_at(self) -> float:
@@ -78,30 +94,33 @@ class Journal:
     def closes(self) -> list[Ended]:
         return [ended for ended in self.rounds if ended.closed]
 
-    def check_closes(self) -> None:
+    def check_counted(self, sent: Mapping[Push, Sent]) -> None:
         """Each round made the next version of exactly the pushes that it had, in the order of their
-        names; no push and no gradient counts twice."""
+        names; none of them counts twice, and each is as it was sent, as far as it is kept."""
         counted: Counter[Push] = Counter()
-        gradients: Counter[str] = Counter()
         for version, ended in enumerate(self.closes, 1):
             assert ended.end.version == version
             listed = [tuple(push) for push in ended.end.record["request"]["pushes"]]
-            assert listed == sorted(ended.pushes, key=lambda push: push[0].encode())
+            assert listed == ended.order
             counted.update(listed)
-            gradients.update(digest(arrays(event, "grad")) for event in ended.pushes.values())
-        assert not [push for push, times in counted.items() if times > 1]
-        assert not [which for which, times in gradients.items() if times > 1]
+            assert all(sent[push].base == version - 1 for push in listed)
+            for push, event in ended.pushes.items():
+                if event.payload is not None:
+                    assert digest(arrays(event, "grad")) == sent[push].digest, f"{push} is another"
+        assert [push for push, times in counted.items() if times > 1] == []
 
     def check_acknowledged(self, told: Iterable[Mapping[str, Any]]) -> int:
-        """What a worker was told of a push is what the rows say; return how many there were."""
+        """What workers were told of their pushes is what the rows say; return how many there were.
+
+        ``told``: ``push``, the version that it ``made``, and the number of its ``round``.
+        """
         by_version = {ended.end.version: ended for ended in self.closes}
         checked = 0
         for one in told:
-            ended = by_version[one["applied"]]
-            push = tuple(one["pushed"])
-            assert push in ended.pushes, f"{push} is not in version {one['applied']}"
-            assert digest(arrays(ended.pushes[push], "grad")) == one["digest"]
-            assert (ended.number, one["base"]) == (one["round"], one["applied"] - 1)
+            ended = by_version[one["made"]]
+            push = tuple(one["push"])
+            assert push in ended.pushes, f"{push} is not in version {one['made']}"
+            assert ended.number == one["round"]
             checked += 1
         return checked
 
@@ -117,17 +136,34 @@ class Journal:
             found.append(ended.end.time - due)
         return found
 
-    def replayed(self, build: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> Arrays:
-        """Return the params that the closed rounds make of the first ones, by torch and numpy."""
-        leaves = {n: torch.tensor(a) for n, a in arrays(self.events[0], "param").items()}
+    def spanning(self, outages: Sequence[tuple[float, float]]) -> int:
+        """Return how many closed rounds had a push before an outage and ended after it."""
+        return sum(
+            ended.opened_at < began and over < ended.end.time
+            for ended in self.closes
+            for began, over in outages
+        )
+
+    def replayed(
+        self,
+        first: Arrays,
+        compute: Callable[[Push, Arrays], Arrays],
+        build: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+    ) -> Arrays:
+        """Return the params that the closed rounds make of ``first``, by numpy and torch.
+
+        ``compute`` returns the gradient of a push at the params that it was computed on, ``build``
+        an optimizer.
+        """
+        leaves = {name: torch.tensor(value) for name, value in first.items()}
+        params = {name: leaf.numpy() for name, leaf in leaves.items()}  # views: they move along
         optimizer = build(list(leaves.values()))
         for ended in self.closes:
-            order = sorted(ended.pushes, key=lambda push: push[0].encode())
-            made = [arrays(ended.pushes[push], "grad") for push in order]
+            made = [compute(push, params) for push in ended.order]
             for name, leaf in leaves.items():
                 total = made[0][name].copy()
                 for one in made[1:]:
                     total += one[name]
                 leaf.grad = torch.from_numpy(total / np.float32(len(made)))
             optimizer.step()
-        return {name: leaf.numpy() for name, leaf in leaves.items()}
+        return params

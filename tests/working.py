@@ -47,9 +47,9 @@ class Worker:
         self._client = Client(url, worker=name, epoch=self.epoch)
 
     @property
-    def seq(self) -> int:
-        """Of the last push that was answered with success."""
-        return self._client._lanes.get(self._session)[0].seq - 1
+    def next_seq(self) -> int:
+        """Of the next push; one that is refused does not use it up."""
+        return self._client._lanes.get(self._session)[0].seq
 
     @property
     def pending(self) -> bool:

@@ -156,7 +156,7 @@ def test_asynchronous_pushes_reach_the_accuracy_of_one_process(
         served, told = session.params(), [one for hand in hands for one in hand.told]
         refused = sum("refused" in one for one in told)
         assert served.version == len(NAMES) * PUSHES - refused
-        stale = [one["staleness"] for one in told if "pushed" in one]
+        stale = [one["staleness"] for one in told if "made" in one]
         assert 0 < max(stale) <= ASYNC["max_staleness"]
 
         reached, wanted = nets.accuracy(net, served), single(net)
