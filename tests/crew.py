@@ -173,6 +173,7 @@ class Hand:
         self._channel.sendall(version.to_bytes(_SAID, "little"))
 
     def signal(self, number: int) -> None:
+        assert self._reader.is_alive(), f"{self.job.name} has ended after {self.told[-1]}"
         os.kill(self.pid, number)
 
     def kill(self) -> None:
