@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,31 @@ class Scene:
 
     def kill(self, index: int) -> None:
         """kill -9 a worker, see the others go on, and start it again."""
+        self._kill(index)
+        self.wait(2)
+        self.start(index)
+
+    def _kill(self, index: int) -> None:
         hand = self.hands.pop(f"w{index}")
         self.gone.append(hand)
         hand.kill()
-        self.wait(2)
+
+    def succeed(self, index: int) -> None:
+        """kill -9 a worker whose push is in the open round, and start another one of its name."""
+        late = self.hands["w0"]
+        late.signal(signal.SIGSTOP)
+        wait_until(lambda: f"w{index}" in self.contributed, f"a push of w{index}", LIMIT_S)
+        self._kill(index)
         self.start(index)
+        late.signal(signal.SIGCONT)
+        self.wait(2)
+
+    @property
+    def contributed(self) -> Sequence[str]:
+        """Who has pushed into the open round."""
+        found = open_round(self.client, self.session.id)
+        names: list[str] = found["contributed"] if found else []
+        return names
 
     def stop(self, *indices: int) -> None:
         """SIGSTOP workers for longer than a deadline; return when they take part again."""
@@ -137,7 +157,7 @@ class Scene:
         """kill -9 the server while a round is open, and start it again."""
         late = self.hands["w0"]
         late.signal(signal.SIGSTOP)
-        wait_until(lambda: open_round(self.client, self.session.id), "an open round", LIMIT_S)
+        wait_until(lambda: self.contributed, "an open round", LIMIT_S)
         began = time.time()
         assert self.server.stop(signal.SIGKILL) == -signal.SIGKILL
         self.server.close()
@@ -193,6 +213,7 @@ def test_a_training_survives_its_workers_and_its_server(
             scene.start(index)
         for number in range(10 if long_form else 2):
             scene.kill(1 + number % 3)
+            scene.succeed(2 - number % 2)
             scene.stop(2)
             scene.kill_server()
             scene.add(4 + number)
