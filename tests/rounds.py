@@ -1,169 +1,174 @@
-"""What the journal of a session with rounds must say, and an oracle of its numbers.
-
-Nothing of the service computes here: rows and payloads come from the store, frames are read by the
-safetensors package, the update is torch's own. Payloads below the older of two snapshots are gone;
-what was sent is known from the workers.
-"""
+"""Rounds of several workers on one session: what the tests of them share."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
+import xxhash
 
-from optserve.store.base import Event, Key, Store
-from tests.crew import digest
+from optserve.sessions.alarms import Alarms
+from optserve.sessions.identity import Identity
+from optserve.sessions.registry import Registry
+from optserve.sessions.reply import Reply
+from optserve.sessions.session import Session
+from optserve.store import MemoryStore, Store
+from optserve_client import wire
+from tests import local
+from tests.local import Arrays
 
-Arrays = dict[str, np.ndarray]
-#: A push: worker, epoch, seq.
-Push = tuple[str, int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sent:
-    """What a worker sent as one of its pushes."""
-
-    #: The version that the gradient was computed on, and on which of the worker's batches.
-    base: int
-    number: int
-    digest: str
+#: The deadline of rounds that are to end in another way.
+LATE_S = 3600.0
+LIMIT_S = 30
 
 
-def arrays(event: Event, kind: str) -> Arrays:
-    """Return the tensors ``kind/<name>`` in the payload of an event, by name."""
-    assert event.payload is not None, f"the payload of event {event.lsn} is gone"
-    tensors = safetensors.numpy.load(event.payload.read())
-    prefix = f"{kind}/"
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+class Clock(Alarms):
+    """Alarms that go off when a test says what time it is."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = 1_700_000_000.0
+        self._waiting: list[tuple[float, int, Callable[[], object]]] = []
+        self._count = itertools.count()
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
-    """A round, as its rows have it."""
+    def now(self) -> float:  # type: ignore[override]
+        return self.time
 
-    number: int
-    #: Its pushes, and its close or fail.
-    pushes: Mapping[Push, Event]
-    end: Event
+    def after(self, seconds: float, fn: Callable[[], object]) -> None:
+        heapq.heappush(self._waiting, (self.time + seconds, next(self._count), fn))
 
-    @property
-    def closed(self) -> bool:
-        return self.end.kind == "close"
+    def close(self) -> None:
+        self._waiting.clear()
 
     @property
-    def order(self) -> list[Push]:
-        """Its pushes in the order in which they combine."""
-        return sorted(self.pushes, key=lambda push: push[0].encode())
+    def pending(self) -> int:
+        """Alarms that have not gone off."""
+        return len(self._waiting)
 
-    @property
-    def opened_at(self) -> float:
-        return min(event.time for event in self.pushes.values())
+    def advance(self, seconds: float, *sessions: Session) -> None:
+        """Let time pass, and wait until ``sessions`` have done what was due."""
+        end = self.time + seconds
+        while self._waiting and self._waiting[0][0] <= end:
+            at, _, fn = heapq.heappop(self._waiting)
+            self.time = max(self.time, at)
+            fn()
+            for session in sessions:
+                session.in_turn(lambda: None).result(LIMIT_S)
+        self.time = end
 
 
-class Journal:
-    """The rows of one session, put into rounds; whatever does not fit together is refused."""
+@contextmanager
+def registry(store: Store | None = None, **limits: Any) -> Iterator[tuple[Registry, Clock]]:
+    """A registry whose rounds go by a clock that stands still."""
+    clock = Clock()
+    made = Registry(store or MemoryStore(), threads=torch.get_num_threads(), alarms=clock, **limits)
+    try:
+        yield made, clock
+    finally:
+        made.close()
 
-    def __init__(self, store: Store, session: str) -> None:
-        self.events = list(store.events(Key("default", session)))
-        assert [event.lsn for event in self.events] == list(range(1, len(self.events) + 1))
-        self.rounds: list[Ended] = []
-        #: The round that is open at the end.
-        self.open: dict[Push, Event] = {}
-        for event in self.events[1:]:
-            self._take(event)
 
-    def _take(self, event: Event) -> None:
-        request = event.record.get("request", {})
-        if event.kind == "contribution":
-            assert request["round"] == len(self.rounds) + 1
-            push = (event.worker or "", request["epoch"], event.seq or 0)
-            assert push[0] not in [worker for worker, _, _ in self.open], f"{push} is the second"
-            self.open[push] = event
-        elif event.kind in ("close", "fail"):
-            assert request["round"] == len(self.rounds) + 1
-            assert self.open, f"event {event.lsn} ends a round that nobody opened"
-            self.rounds.append(Ended(number=request["round"], pushes=self.open, end=event))
-            self.open = {}
+def sync(count: int, **fields: Any) -> dict[str, Any]:
+    """Return the create body of an SGD session with rounds."""
+    workers = {"mode": "sync", "count": count, "deadline_s": LATE_S, **fields}
+    return {"optimizer": {"name": "SGD", "lr": 0.5}, "workers": workers}
 
-    @property
-    def closes(self) -> list[Ended]:
-        return [ended for ended in self.rounds if ended.closed]
 
-    def check_counted(self, sent: Mapping[Push, Sent]) -> None:
-        """Each round made the next version of exactly the pushes that it had, in the order of their
-        names; none of them counts twice, and each is as it was sent, as far as it is kept."""
-        counted: Counter[Push] = Counter()
-        for version, ended in enumerate(self.closes, 1):
-            assert ended.end.version == version
-            listed = [tuple(push) for push in ended.end.record["request"]["pushes"]]
-            assert listed == ended.order
-            counted.update(listed)
-            assert all(sent[push].base == version - 1 for push in listed)
-            for push, event in ended.pushes.items():
-                if event.payload is not None:
-                    assert digest(arrays(event, "grad")) == sent[push].digest, f"{push} is another"
-        assert [push for push, times in counted.items() if times > 1] == []
+def who(worker: str, seq: int, payload: Any = b"", epoch: int | None = None) -> Identity:
+    """Return an identity whose digest says what is sent."""
+    digest = xxhash.xxh3_128_digest(repr(payload).encode())
+    return Identity(worker=worker, seq=seq, epoch=epoch, digest=digest)
 
-    def check_acknowledged(self, told: Iterable[Mapping[str, Any]]) -> int:
-        """What workers were told of their pushes is what the rows say; return how many there were.
 
-        ``told``: ``push``, the version that it ``made``, and the number of its ``round``.
-        """
-        by_version = {ended.end.version: ended for ended in self.closes}
-        checked = 0
-        for one in told:
-            ended = by_version[one["made"]]
-            push = tuple(one["push"])
-            assert push in ended.pushes, f"{push} is not in version {one['made']}"
-            assert ended.number == one["round"]
-            checked += 1
-        return checked
+def push(
+    session: Session,
+    worker: str,
+    seq: int,
+    base: int,
+    grads: int | Mapping[str, Any] = 0,
+    *,
+    epoch: int | None = None,
+    kind: str = "grads",
+    **fields: Any,
+) -> Reply:
+    """Send one push and return what is known once it is committed. ``grads``: or their seed."""
+    if session.cold:
+        session.load().result(LIMIT_S)
+    tensors = local.arrays(grads) if isinstance(grads, int) else grads
+    body = {kind: local.as_json(tensors), "base_version": base, **fields}
+    told = who(worker, seq, body, epoch)
+    return session.step(session.step_from_json(body, told.digest), told).result(LIMIT_S)
 
-    def overdue(self, deadline_s: float, outages: Sequence[tuple[float, float]]) -> list[float]:
-        """Return by how much each round ended after its deadline, or after the end of an outage in
-        which that was; seconds."""
-        found = []
-        for ended in self.rounds:
-            due = ended.opened_at + deadline_s
-            for began, over in outages:
-                if began <= due and ended.opened_at <= over:
-                    due = max(due, over)
-            found.append(ended.end.time - due)
-        return found
 
-    def spanning(self, outages: Sequence[tuple[float, float]]) -> int:
-        """Return how many closed rounds had a push before an outage and ended after it."""
-        return sum(
-            ended.opened_at < began and over < ended.end.time
-            for ended in self.closes
-            for began, over in outages
-        )
+def ended(reply: Reply) -> Reply:
+    """Return the reply at the end of the round; raise what the round failed with."""
+    assert reply.pending is not None
+    return reply.pending.future.result(LIMIT_S)
 
-    def replayed(
-        self,
-        first: Arrays,
-        compute: Callable[[Push, Arrays], Arrays],
-        build: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
-    ) -> Arrays:
-        """Return the params that the closed rounds make of ``first``, by numpy and torch.
 
-        ``compute`` returns the gradient of a push at the params that it was computed on, ``build``
-        an optimizer.
-        """
-        leaves = {name: torch.tensor(value) for name, value in first.items()}
-        params = {name: leaf.numpy() for name, leaf in leaves.items()}  # views: they move along
-        optimizer = build(list(leaves.values()))
-        for ended in self.closes:
-            made = [compute(push, params) for push in ended.order]
-            for name, leaf in leaves.items():
-                total = made[0][name].copy()
-                for one in made[1:]:
-                    total += one[name]
-                leaf.grad = torch.from_numpy(total / np.float32(len(made)))
-            optimizer.step()
-        return params
+def waits(reply: Reply) -> bool:
+    assert reply.pending is not None
+    return not reply.pending.future.done()
+
+
+def future_of(reply: Reply) -> Future[Reply]:
+    assert reply.pending is not None
+    return reply.pending.future
+
+
+def round_of(session: Session) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = session.workers().result(LIMIT_S)["round"]
+    return found
+
+
+def rows_of(session: Session) -> dict[str, dict[str, Any]]:
+    """Return what is known of each worker."""
+    return {row["worker"]: row for row in session.workers().result(LIMIT_S)["workers"]}
+
+
+def params(session: Session) -> Mapping[str, wire.Tensor]:
+    return session.published().result(LIMIT_S).arrays()
+
+
+def mean(grads: Sequence[Mapping[str, Any]]) -> Arrays:
+    """Return the sum in this order divided by the number, by numpy."""
+    names = grads[0]
+    count = np.float32(len(grads))
+    return {n: np.asarray(reduce(np.add, [g[n] for g in grads]) / count) for n in names}
+
+
+class Local:
+    """The same optimizer in this process, fed with combined gradients."""
+
+    def __init__(self, start: Mapping[str, Any], make: Callable[[Any], Any] | None = None) -> None:
+        self.leaves = local.leaves(start)
+        self.optimizer = (make or sgd)(list(self.leaves.values()))
+
+    def step(self, grads: Mapping[str, Any]) -> None:
+        local.set_grads(self.leaves, grads)
+        self.optimizer.step()
+
+    def check(self, served: Mapping[str, wire.Tensor]) -> None:
+        local.assert_equal(served, self.leaves)
+
+
+def sgd(parameters: Any) -> Any:
+    return torch.optim.SGD(parameters, lr=0.5, fused=True)
+
+
+def adamw(parameters: Any) -> Any:
+    return torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+
+def read_back(session: Session) -> None:
+    """Check that the journal has every bit of the session, as it is and when it goes on."""
+    live = local.exported(session), session.workers().result(LIMIT_S)
+    session.in_turn(session._held.drop).result(LIMIT_S)
+    assert (local.exported(session), session.workers().result(LIMIT_S)) == live

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,7 +11,15 @@ from urllib.parse import quote
 import numpy as np
 
 from optserve_client import errors, wire
-from optserve_client._arguments import array, condition, given, integer, mapping, param_tensors
+from optserve_client._arguments import (
+    array,
+    condition,
+    given,
+    integer,
+    mapping,
+    param_tensors,
+    seconds,
+)
 from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
 from optserve_client._values import Json, Page, Params, Sparse, StepResult
@@ -41,7 +50,9 @@ def _body(answer: Answer) -> memoryview:
 
 def _step_result(answer: Answer, asked: str) -> StepResult:
     raw: Json = answer.scalars
-    returned = None if asked == "none" else raw.get("returned", asked)
+    # 202: the round is open, and what comes of it is not known.
+    none = asked == "none" or answer.status == 202
+    returned = None if none else raw.get("returned", asked)
     return StepResult(
         id=raw["id"],
         generation=raw["generation"],
@@ -56,6 +67,8 @@ def _step_result(answer: Answer, asked: str) -> StepResult:
         scheduler=raw.get("scheduler"),
         grad_norm=raw.get("grad_norm"),
         clip_coef=raw.get("clip_coef"),
+        round=raw.get("round"),
+        staleness=raw.get("staleness"),
         need=raw.get("need"),
         returned=returned,
         params=answer.params if returned is not None else None,
@@ -130,22 +143,23 @@ def preview_scheduler(
 
 def step(
     session_id: str,
-    grads: Mapping[str, Any],
+    grads: Mapping[str, Any] | None,
+    deltas: Mapping[str, Any] | None,
     params: Mapping[str, Any] | None,
     none: Iterable[str],
     fields: Json,
     dtype: str | None = None,
+    *,
+    patience_s: float,
 ) -> Call[StepResult]:
-    tensors: dict[str, wire.Tensor] = {}
-    without = list(none)
-    for name, grad in mapping(grads, "grads").items():
-        if grad is None:
-            without.append(name)
-        elif isinstance(grad, Sparse):
-            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
-            tensors[f"sparse/{name}/values"] = array(grad.values, f"grads[{name!r}].values", dtype)
-        else:
-            tensors[f"grad/{name}"] = array(grad, f"grads[{name!r}]", dtype)
+    tensors, without = _gradients(grads, deltas, dtype)
+    without = [*none, *without]
+    # Who says of which version a gradient is may be one of several workers: then it waits for the
+    # others, and if it is too late it needs what it asks for all the same.
+    patient = "base_version" in fields and "wait_s" not in fields
+    if "base_version" in fields:
+        defaults: Json = {"wait_s": patience_s, "return": "params"}
+        fields = defaults | fields
     draft = Draft(
         method="POST",
         path=session_path(session_id, "step"),
@@ -153,24 +167,60 @@ def step(
         tensors=tensors | param_tensors({} if params is None else params, dtype),
         accept=wire.SAFETENSORS,
         guarded=True,
+        wait_s=seconds(fields.get("wait_s", 0.0), "wait_s"),
+        patient=patient,
     )
-    dry = fields.get("dry_run", False)
+    dry, asked = fields.get("dry_run", False), fields.get("return", "params")
     return Call(
         draft=draft,
-        read=lambda answer: _step_result(answer, fields.get("return", "params")),
+        read=lambda answer: _step_result(answer, asked),
         changes=None if dry else session_id,
     )
 
 
-def params(
-    session_id: str, weights: str, names: Iterable[str] | None, known: Params | None
-) -> Call[Params]:
-    query = [("weights", weights), *(("names", name) for name in names or ())]
+def _gradients(
+    grads: Mapping[str, Any] | None, deltas: Mapping[str, Any] | None, dtype: str | None
+) -> tuple[dict[str, wire.Tensor], list[str]]:
+    """Return the tensors of a step, by their names in the frame, and the names without one."""
+    if (grads is None) is (deltas is None):
+        raise TypeError("a step takes grads, or, where workers push deltas, deltas=")
+    what, kind = ("grads", "grad") if deltas is None else ("deltas", "delta")
+    tensors: dict[str, wire.Tensor] = {}
+    without: list[str] = []
+    for name, grad in mapping(grads if deltas is None else deltas, what).items():
+        if grad is None:
+            without.append(name)
+        elif isinstance(grad, Sparse):
+            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
+            tensors[f"sparse/{name}/values"] = array(grad.values, f"{what}[{name!r}].values", dtype)
+        else:
+            tensors[f"{kind}/{name}"] = array(grad, f"{what}[{name!r}]", dtype)
+    return tensors, without
 
-    def read(answer: Answer) -> Params:
+
+def params(
+    session_id: str,
+    weights: str,
+    names: Iterable[str] | None,
+    known: Params | None,
+    min_version: int | None,
+    wait_s: float | None,
+) -> Call[Params | None]:
+    if min_version is None and wait_s is not None:
+        raise errors.Invalid("wait_s needs min_version, the version to wait for", field="wait_s")
+    if wait_s is not None and not 0 <= wait_s < math.inf:
+        raise errors.Invalid(f"wait_s must be a number of seconds, got {wait_s!r}", field="wait_s")
+    least = 0 if min_version is None else integer(min_version, "min_version")
+    query = [("weights", weights), *(("names", name) for name in names or ())]
+    asked = given(min_version=min_version, wait_s=wait_s)
+    query += [(key, str(value)) for key, value in asked.items()]
+
+    def read(answer: Answer) -> Params | None:
         if answer.status == 304:
-            assert known is not None
-            return known
+            # Either this is what the server has, or its version is still below min_version.
+            if known is None or answer.headers.get("etag", known.etag) != known.etag:
+                return None
+            return known if known.version >= least else None
         raw = answer.scalars
         return Params(
             version=raw["version"],
@@ -186,6 +236,7 @@ def params(
         query=tuple(query),
         headers={} if known is None else {"If-None-Match": known.etag},
         accept=wire.SAFETENSORS,
+        wait_s=wait_s or 0.0,
     )
     return Call(draft=draft, read=read)
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,10 @@ class Request:
     target: str
     headers: Mapping[str, str]
     pieces: tuple[bytes | memoryview, ...] = ()
+    #: How long the server may let it wait for others before it works on the answer.
+    wait_s: float = 0.0
+    #: Whether 202, which says that it still waits, is no answer yet: then it is sent again.
+    patient: bool = False
 
     @property
     def length(self) -> int:
@@ -64,7 +68,7 @@ class Request:
     def kept(self) -> Request:
         """Return a copy that does not change when the caller's arrays do."""
         pieces = tuple(bytes(piece) for piece in self.pieces)
-        return Request(method=self.method, target=self.target, headers=self.headers, pieces=pieces)
+        return replace(self, pieces=pieces)
 
     def same_as(self, other: Request) -> bool:
         return (self.method, self.target, *self.pieces) == (
@@ -92,6 +96,9 @@ class Draft:
     accept: str = JSON
     #: Whether the request takes the field ``generation``.
     guarded: bool = False
+    #: As a :class:`Request` has them.
+    wait_s: float = 0.0
+    patient: bool = False
 
     def request(self, stamp: Mapping[str, Any] | None = None) -> Request:
         """Return the request with ``stamp`` (worker, epoch, seq) in its fields, else its query."""
@@ -115,7 +122,14 @@ class Draft:
         if kind is not None:
             headers |= {"Content-Type": kind, "Content-Length": str(sum(map(len, pieces)))}
         target = self.path + ("?" + urlencode(query) if query else "")
-        return Request(method=self.method, target=target, headers=headers, pieces=pieces)
+        return Request(
+            method=self.method,
+            target=target,
+            headers=headers,
+            pieces=pieces,
+            wait_s=self.wait_s,
+            patient=self.patient,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +184,16 @@ class Answer:
     def error(self) -> errors.OptserveError:
         """Return the error that the answer stands for."""
         try:
-            problem = json.loads(bytes(self.body))
-        except ValueError:
+            problem = self.scalars
+        except errors.ServerError:
             problem = None
-        if not isinstance(problem, dict):
+        if not isinstance(problem, dict) or not self.body:
             text = bytes(self.body[:200]).decode("utf-8", "replace").strip()
             problem = {"detail": f"HTTP {self.status}" + (f": {text}" if text else "")}
-        return errors.from_problem(self.status, problem)
+        error = errors.from_problem(self.status, problem)
+        if isinstance(error, errors.StaleGradient):
+            error.params = self.params or None
+        return error
 
     def retry_after_s(self) -> float:
         """Return how long the server asks to wait; 0 if it does not say."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from optserve_client import _arguments, _calls, _transport, wire
-from optserve_client._exchange import Retry, Sleep
+from optserve_client import _arguments, _calls, _transport, _worker_calls, wire
+from optserve_client._exchange import Retry, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
@@ -37,6 +37,7 @@ class AsyncClient:
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
         self._transport = _transport.awaited(url, timeout, headers, transport)
+        self._patience_s = _arguments.patience_s(timeout)
         self._server = _transport.place(url, transport)
 
     @property
@@ -67,6 +68,7 @@ class AsyncClient:
         name: str | None = None,
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
+        workers: Mapping[str, Any] | None = None,
         **hyperparameters: Any,
     ) -> AsyncSession:
         fields = _arguments.given(
@@ -88,6 +90,7 @@ class AsyncClient:
             name=name,
             notes=notes,
             tags=tags,
+            workers=workers,
         )
         reply = await self._run(_calls.create(id, optimizer, params, fields, hyperparameters))
         return AsyncSession(self, self._lanes.opened(reply), reply)
@@ -169,8 +172,20 @@ class AsyncClient:
         async with lock:
             return await self._drive(call, lane)
 
+    async def _register(self, session_id: str, name: str | None) -> Json:
+        lane, lock = self._lanes.get(session_id)
+        call = _worker_calls.register(session_id, lane.worker if name is None else name)
+        if name not in (None, lane.worker):
+            return await self._run(call)
+        async with lock:
+            reply = await self._run(call)
+            lane.begin(reply)
+        return reply
+
     async def _drive(self, call: Call[T], lane: Lane | None) -> T:
-        steps = perform(call, self._retry, lane)
+        return await self._play(perform(call, self._retry, lane))
+
+    async def _play(self, steps: Steps[T]) -> T:
         try:
             effect = next(steps)
             while True:
@@ -211,8 +226,9 @@ class AsyncSession:
 
     async def step(
         self,
-        grads: Mapping[str, Any],
+        grads: Mapping[str, Any] | None = None,
         *,
+        deltas: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         none: Iterable[str] | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -220,6 +236,8 @@ class AsyncSession:
         metrics: Mapping[str, float] | None = None,
         loss_scale: float | None = None,
         base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
         dry_run: bool = False,
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
@@ -233,10 +251,21 @@ class AsyncSession:
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
             return_dtype=return_dtype,
         )
         return await self._client._run(
-            _calls.step(self.id, grads, params, none or (), fields, self._dtype)
+            _calls.step(
+                self.id,
+                grads,
+                deltas,
+                params,
+                none or (),
+                fields,
+                self._dtype,
+                patience_s=self._client._patience_s,
+            )
         )
 
     async def params(
@@ -246,7 +275,9 @@ class AsyncSession:
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
     ) -> Params:
-        return await self._client._run(_calls.params(self.id, weights, names, if_none_match))
+        return await self._client._run(
+            _calls.params(self.id, weights, names, if_none_match, None, None)
+        )
 
     async def put_params(
         self,
@@ -343,6 +374,15 @@ class AsyncSession:
         fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return await self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
+    async def register(self, name: str | None = None) -> Json:
+        return await self._client._register(self.id, name)
+
+    async def workers(self) -> Json:
+        return await self._client._run(_worker_calls.workers(self.id))
+
+    async def remove_worker(self, name: str) -> Json:
+        return await self._client._run(_worker_calls.remove_worker(self.id, name))
+
     def resume(self) -> None:
         self._client._lanes.resume(self.id)
 
@@ -350,12 +390,12 @@ class AsyncSession:
         return f"{type(self).__name__}({self.id!r})"
 
 
-def _borrow_words(target: type, source: type) -> None:
+def borrow_words(target: type, source: type) -> None:
     """Give each method of ``target`` the docstring of the one that blocks."""
     for name, member in vars(target).items():
         if callable(member) and not member.__doc__ and hasattr(source, name):
             member.__doc__ = getattr(source, name).__doc__
 
 
-_borrow_words(AsyncClient, Client)
-_borrow_words(AsyncSession, Session)
+borrow_words(AsyncClient, Client)
+borrow_words(AsyncSession, Session)

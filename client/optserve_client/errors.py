@@ -169,6 +169,8 @@ class StaleGradient(Conflict):
     """The gradient was computed on a version that is too old."""
 
     code = "stale_gradient"
+    #: In the client: the params of version ``extra["version"]`` by name, if the step wanted params.
+    params: dict[str, Any] | None = None
 
 
 class RoundFailed(Conflict):

@@ -146,14 +146,16 @@ def _combine_sparse(
     first = parts[0][0]
     dtype = first.dtype
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
-    values = []
+    finest = max(coo.sparse_dim() for coo, _, _ in parts)
+    values, where = [], []
     for coo, scale, i in parts:
-        mine = coo.values().to(wide)
+        found, mine = _finer(coo, finest)
+        where.append(found)
+        mine = mine.to(wide)
         mine = mine if scale is None else mine * scale
         values.append(mine * how.weights[i] if how.name == "weighted_mean" else mine)
-    indices = torch.cat([coo.indices() for coo, _, _ in parts], dim=1)
     total = torch.sparse_coo_tensor(
-        indices, torch.cat(values), first.shape, check_invariants=False
+        torch.cat(where, dim=1), torch.cat(values), first.shape, check_invariants=False
     ).coalesce()
     divisor = _divisor(count, how)
     summed = total.values() if divisor is None else total.values() / divisor
@@ -165,3 +167,13 @@ def _combine_sparse(
         is_coalesced=True,
     )
     return made
+
+
+def _finer(coo: torch.Tensor, sparse_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return indices and values with that many sparse dimensions: the same elements one by one."""
+    indices, values = coo.indices(), coo.values()
+    for size in coo.shape[coo.sparse_dim() : sparse_dim]:
+        inner = torch.arange(size).repeat(indices.shape[1])
+        indices = torch.cat([indices.repeat_interleave(size, dim=1), inner[None]])
+        values = values.flatten(0, 1)
+    return indices, values

@@ -16,6 +16,9 @@ log = structlog.get_logger(__name__)
 class Alarms:
     """Calls short functions, each once, not before its time. The thread begins with the first."""
 
+    #: What time it is, Unix seconds, for whoever sets alarms.
+    now = staticmethod(time.time)
+
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Callable[[], object]]] = []

@@ -21,6 +21,7 @@ class Committer:
     def __init__(self, home: Home, key: Key, held: Holding) -> None:
         self._store = home.store
         self._executor = home.executor
+        self._now = home.alarms.now
         self._key = key
         self._held = held
 
@@ -44,7 +45,9 @@ class Committer:
             self._held.measure(state)
         reply = {"applied_version": made, **change.reply}
         owner_epoch, news = self._held.own(), self._held.news(state)
-        event = event_of(self._key, state, change, identity, reply, owner_epoch, news, durability)
+        event = event_of(
+            self._key, state, change, identity, reply, owner_epoch, news, durability, self._now()
+        )
         if self._executor.spare and back is None:
             [outcome] = self._store.append([event])
         else:  # the thread is better used for somebody else's numbers

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import structlog
 
@@ -21,13 +22,7 @@ from optserve.sessions.reply import Pending, Reply, counters, step_reply
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
 from optserve.sessions.turn import Back, Turn, Waiting
-from optserve_client.errors import (
-    OptserveError,
-    OutOfSpace,
-    RoundFailed,
-    SessionNotFound,
-    Unavailable,
-)
+from optserve_client.errors import Internal, OptserveError, OutOfSpace, RoundFailed, Unavailable
 
 log = structlog.get_logger(__name__)
 
@@ -69,8 +64,8 @@ class Gathering:
         self._alarms = alarms
         self._load = load
         self._waiters: list[_Waiter] = []
-        #: The round that an alarm is set for, and when it goes off.
-        self._watched: tuple[int, float] | None = None
+        #: When the alarm that is set goes off, Unix seconds; None: none is.
+        self._alarm_at: float | None = None
 
     # --- a push ----------------------------------------------------------------------------------
 
@@ -119,7 +114,7 @@ class Gathering:
         future: Future[Reply] = Future()
         wait_s = fields.wait_s
         if wait_s is None:
-            left_s = state.round.deadline(rounds.rules(state)) - time.time()
+            left_s = state.round.deadline(rounds.rules(state)) - self._alarms.now()
             wait_s = max(left_s, 0.0) + PATIENCE_S
         waiter = _Waiter(
             worker=identity.worker,
@@ -139,7 +134,7 @@ class Gathering:
         how = workers.rounds(state.config)
         if how is None or not state.round.open:
             return
-        if len(state.round.contributions) >= how["count"]:
+        if _full(state, how):
             yield from self._close(state, "count", back)
         else:
             self.watch(state)
@@ -147,51 +142,71 @@ class Gathering:
     def watch(self, state: SessionState) -> None:
         """Set an alarm for the end of the open round; wake those whose push is in none."""
         if state.round.open and (how := workers.rounds(state.config)) is not None:
-            # A process may have ended between the last push and the close.
-            full = len(state.round.contributions) >= how["count"]
-            watched = (state.round.number, 0.0 if full else state.round.deadline(how))
-            if watched != self._watched:
-                self._watched = watched
-                self._alarms.after(max(watched[1] - time.time(), 0.0), self._alarm)
+            # Full: the process may have ended between the last push and the close.
+            self._remind(0.0 if _full(state, how) else state.round.deadline(how))
         if self._waiters:
             lost = [w for w in self._waiters if not state.round.holds(w.worker, w.seq)]
             self._answer(lost, Unavailable("the push has to be sent again", retry_after=1))
 
-    def _alarm(self) -> None:
-        try:
-            self._turn.run(self._due)
-        except Unavailable:  # too many requests wait
-            self._alarms.after(AGAIN_S, self._alarm)
+    def _remind(self, at: float) -> None:
+        """Have the round looked at then, or before: one alarm at a time, which sets the next."""
+        if self._alarm_at is None or at < self._alarm_at:
+            self._alarm_at = at
+            self._set_alarm(at, at)
 
-    def _due(self) -> Waiting[None]:
+    def _set_alarm(self, name: float, at: float) -> None:
+        alarm = WeakMethod(self._alarm)  # it must not keep a session that was deleted
+
+        def ring() -> None:
+            if (found := alarm()) is not None:
+                found(name)
+
+        self._alarms.after(max(at - self._alarms.now(), 0.0), ring)
+
+    def _alarm(self, name: float) -> None:
+        try:
+            self._turn.run(lambda: self._due(name))
+        except Unavailable:  # too many requests wait
+            self._set_alarm(name, self._alarms.now() + AGAIN_S)
+
+    def _due(self, name: float) -> Waiting[None]:
         """End the round if its time is over."""
-        self._watched = None
+        if name != self._alarm_at:  # an earlier one was set since
+            return
         try:
             state = self._load()
-            how = workers.rounds(state.config)
-            if how is None or not state.round.open:
-                return
-            if len(state.round.contributions) >= how["count"]:
-                yield from self._close(state, "count", None)
-            elif state.round.deadline(how) > time.time():
-                self.watch(state)
-            elif len(state.round.contributions) >= how["quorum"]:
-                yield from self._close(state, "deadline", None)
-            else:
-                why = (
-                    f"{len(state.round.contributions)} of {how['count']} workers had pushed after "
-                    f"{how['deadline_s']:g} s, {how['quorum']} are needed"
-                )
-                yield from self.fail(state, why)
-        except SessionNotFound as exc:
-            self.end(exc)
-        except OptserveError as exc:
+            self._alarm_at = None
+            yield from self._end_in_time(state)
+        except (Unavailable, OutOfSpace) as exc:
             log.warning("a round could not be ended", why=exc.detail)
-            self._alarms.after(AGAIN_S, self._alarm)
+            self._alarm_at = None
+            self._remind(self._alarms.now() + AGAIN_S)
+        except Exception as exc:  # it will not get better
+            self._alarm_at = None
+            self._give_up(exc)
+
+    def _end_in_time(self, state: SessionState) -> Waiting[None]:
+        how = workers.rounds(state.config)
+        if how is None or not state.round.open:
+            return
+        pushed = len(state.round.contributions)
+        if _full(state, how):
+            yield from self._close(state, "count", None)
+        elif state.round.deadline(how) > self._alarms.now():
+            self.watch(state)
+        elif pushed >= how["quorum"]:
+            yield from self._close(state, "deadline", None)
+        else:
+            why = (
+                f"{pushed} of {how['count']} workers had pushed after {how['deadline_s']:g} s, "
+                f"{how['quorum']} are needed"
+            )
+            yield from self.fail(state, why)
 
     def _close(self, state: SessionState, by: str, back: Back | None) -> Waiting[None]:
         wants_delta = any(w.fields.return_ == "delta" for w in self._waiters)
         before = self._held.publish(state, "live") if wants_delta else None
+        pushes = state.round.contributions
         try:
             with self._held.changing():
                 began = time.perf_counter()
@@ -200,25 +215,25 @@ class Gathering:
                 made = state.version + 1
                 yield from self._committer.commit(state, change, NOBODY, seconds, back=back)
         except (Unavailable, OutOfSpace) as exc:  # it may go better later
-            self._answer(list(self._waiters), exc)
-            self._alarms.after(AGAIN_S, self._alarm)
+            self.end(exc)
+            self._remind(self._alarms.now() + AGAIN_S)
             raise
         except Exception as exc:  # it would go wrong again
             why = exc.detail if isinstance(exc, OptserveError) else repr(exc)
             log.warning("a round fails", session=self._held.row.key.session, why=why)
+            self._remind(self._alarms.now() + AGAIN_S)  # if failing fails
             yield from self.fail(self._load(), why)
             return
-        self._watched = None
         self._held.snapshots.write_if_due(state)
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            self._tell(waiter, state, change, made, before)
+            self._tell(waiter, state, pushes[waiter.worker].answer(change.reply), made, before)
 
     def _tell(
         self,
         waiter: _Waiter,
         state: SessionState,
-        change: Change,
+        answer: Mapping[str, Any],
         made: int,
         before: Published | None,
     ) -> None:
@@ -226,12 +241,14 @@ class Gathering:
             return
         scalars = {
             **counters(self._held.row.key.session, state, made),
-            **change.reply,
+            **answer,
             "duplicate": waiter.duplicate,
         }
+        wants_delta = waiter.fields.return_ == "delta" and not waiter.duplicate
         try:
             current = lambda: self._held.publish(state, "live")
-            waiter.future.set_result(step_reply(waiter.fields, scalars, current, before))
+            told = step_reply(waiter.fields, scalars, current, before if wants_delta else None)
+            waiter.future.set_result(told)
         except Exception as exc:  # the round is closed, whatever becomes of an answer
             waiter.future.set_exception(exc)
 
@@ -240,16 +257,27 @@ class Gathering:
         number = state.round.number
         with self._held.committing():
             yield from self._committer.commit(state, rounds.fail(state, why), NOBODY, 0.0)
-        self._watched = None
         told = f"round {number} failed: {why}"
-        self._answer(list(self._waiters), RoundFailed(told, version=state.version, round=number))
+        self.end(RoundFailed(told, version=state.version, round=number))
+
+    def _give_up(self, exc: Exception) -> None:
+        if not isinstance(exc, OptserveError):
+            log.error("a round cannot be ended", exc_info=exc)
+            exc = Internal("the round cannot be ended")
+        self.end(exc)
 
     def end(self, error: OptserveError) -> None:
         """Nobody waits any longer."""
-        self._answer(list(self._waiters), error)
+        self._answer(self._waiters, error)
 
-    def _answer(self, waiters: list[_Waiter], error: OptserveError) -> None:
-        self._waiters = [waiter for waiter in self._waiters if waiter not in waiters]
-        for waiter in waiters:
+    def _answer(self, waiters: Iterable[_Waiter], error: OptserveError) -> None:
+        answered = {id(waiter): waiter for waiter in waiters}
+        self._waiters = [waiter for waiter in self._waiters if id(waiter) not in answered]
+        for waiter in answered.values():
             if waiter.future.set_running_or_notify_cancel():
                 waiter.future.set_exception(type(error)(error.detail, **error.extra))
+
+
+def _full(state: SessionState, how: Mapping[str, Any]) -> bool:
+    count: int = how["count"]
+    return len(state.round.contributions) >= count

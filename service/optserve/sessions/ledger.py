@@ -14,6 +14,7 @@ same name with an older epoch is refused from then on, and so is every one after
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,8 @@ class _Result:
         for name, kinds in _KINDS.items():
             if type(value := getattr(result, name)) not in kinds:
                 raise ValueError(f"{name} is a {type(value).__name__}")
+        if not math.isfinite(result.time):
+            raise ValueError(f"time is {result.time}")
         return result
 
 
@@ -77,6 +80,12 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "seq": (int,),
     "time": (int, float),
     "failed": (bool,),
+}
+_WORKER_KINDS: Mapping[str, tuple[type, ...]] = {
+    "removed": (bool,),
+    "contributions": (int,),
+    "version": (int, NoneType),
+    "seen": (int, float),
 }
 
 
@@ -98,8 +107,11 @@ class _Worker:
         """Raise ValueError for what no commits can have made."""
         if type(self.epoch) is not int or type(self.last_seq) is not int:
             raise ValueError(f"epoch {self.epoch!r:.40} or last_seq {self.last_seq!r:.40}")
-        if type(self.version) not in (int, NoneType):
-            raise ValueError(f"version {self.version!r:.40}")
+        for name, kinds in _WORKER_KINDS.items():
+            if type(value := getattr(self, name)) not in kinds:
+                raise ValueError(f"{name} {value!r:.40}")
+        if not math.isfinite(self.seen) or self.contributions < 0:
+            raise ValueError(f"seen {self.seen}, {self.contributions} contributions")
         first = self.last_seq - len(self.results) + 1
         if self.epoch < 1 or first < 1 or len(self.results) > RESULTS_PER_WORKER:
             raise ValueError(
@@ -168,11 +180,13 @@ class Ledger:
         current, last = self.position(worker)
         at = {"epoch": current, "last_seq": last}
         known = self._workers.get(worker)
-        if known is not None and known.removed:
-            raise Fenced(f"worker {worker!r} was removed; it has to register again", **at)
-        if epoch is not None and epoch < current:
+        if epoch is not None and epoch < current:  # also where a newer namesake was removed
             raise Fenced(
                 f"worker {worker!r} sent epoch {epoch}, the current one is {current}", **at
+            )
+        if known is not None and known.removed:
+            raise Fenced(
+                f"worker {worker!r} was removed; it has to register again", **at, removed=True
             )
         if epoch is not None and epoch > current:
             raise OutOfSequence(
@@ -192,7 +206,7 @@ class Ledger:
         if result.digest != digest:
             raise KeyReused(f"worker {worker!r} sent seq {seq} before with another payload", **at)
         if result.failed:
-            raise RoundFailed(f"the round of worker {worker!r}'s seq {seq} failed", **at)
+            raise RoundFailed(f"the round of seq {seq} of worker {worker!r} failed", **at)
         return result.duplicate()
 
     def commit(
@@ -253,9 +267,14 @@ class Ledger:
         if len(self._held) > RESULTS:
             (other, _), _ = self._held.popitem(last=False)
             self._workers[other].results.popleft()
-        if len(self._workers) > WORKERS:
-            # It holds no results any more: at most RESULTS of the others, which came later, do.
-            self._workers.popitem(last=False)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Keep no more than WORKERS, those that were heard of last."""
+        while len(self._workers) > WORKERS:
+            name, oldest = self._workers.popitem(last=False)
+            for result in oldest.results:
+                del self._held[name, result.seq]
 
     # --- workers ---------------------------------------------------------------------------------
 
@@ -272,6 +291,7 @@ class Ledger:
         fresh = _Worker(epoch=epoch, contributions=known.contributions, seen=time)
         self._workers[name] = fresh
         self._workers.move_to_end(name)
+        self._forget()
 
     def check_known(self, name: str) -> None:
         """Raise WorkerNotFound for one that never sent anything or is removed."""
@@ -347,10 +367,10 @@ class Ledger:
                 row["last_seq"],
                 deque(map(_Result.load, row["results"])),
                 # Files of before there were rounds have none of these.
-                bool(row.get("removed", False)),
-                int(row.get("contributions", 0)),
+                row.get("removed", False),
+                row.get("contributions", 0),
                 row.get("version"),
-                float(row.get("seen", 0.0)),
+                row.get("seen", 0.0),
             )
             worker.check()
             ledger._workers[row["worker"]] = worker

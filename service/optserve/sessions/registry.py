@@ -56,8 +56,10 @@ class Registry:
         executor_threads: int = 2,
         memory_budget: int | None = None,
         session_ttl_s: float | None = None,
+        alarms: Alarms | None = None,
     ) -> None:
-        """``memory_budget``: bytes for all sessions in memory; ``session_ttl_s``: the default."""
+        """``memory_budget``: bytes for all sessions in memory; ``session_ttl_s``: the default;
+        ``alarms``: the clock that rounds go by."""
         self.store = store
         self.device = devices.resolve(device)
         self.threads = threads or devices.thread_count()
@@ -65,7 +67,7 @@ class Registry:
         self._executor = Executor(executor_threads, lambda: devices.use_threads(self.threads))
         self._scribes = Executor(2)
         self._background = Executor(1)
-        self._alarms = Alarms()
+        self._alarms = alarms or Alarms()
         self._home = Home(
             store=store,
             executor=self._executor,

@@ -29,6 +29,12 @@ class Contribution:
     #: As the event has it: loss, metrics, groups, weight.
     request: Mapping[str, Any]
 
+    def answer(self, reply: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``reply``, that of the round's end, as it is told to the one who sent this."""
+        if (weight := self.request.get("weight")) is None:
+            return dict(reply)
+        return {**reply, "round": {**reply["round"], "weight": weight}}
+
 
 @dataclass(kw_only=True, slots=True)
 class Round:

@@ -37,6 +37,8 @@ def push(state: SessionState, step: Step, identity: Identity) -> Change:
     """
     fields, engine, how = step.fields, state.engine, rules(state)
     stepping.check_fits(state, step)
+    if step.payload is None:  # read when the session had no rounds
+        raise Conflict("the session's workers changed while the gradient was on its way")
     if identity.worker is None or identity.seq is None:
         raise Invalid("a push into a round needs worker and seq", field="worker")
     for name, given in (("dry_run", fields.dry_run), ("abandon", fields.abandon)):

@@ -68,6 +68,7 @@ class Session:
         self._store = home.store
         self._executor = home.executor
         self._scribes = home.scribes
+        self._now = home.alarms.now
         self._turn = home.executor.turn()
         self._held = Holding(home, row, state, owner_epoch)
         self._committer = Committer(home, row.key, self._held)
@@ -223,7 +224,7 @@ class Session:
             state = self._loaded()
             if fields.dry_run and not self._held.gathers:
                 return try_out(self.id, state, step)
-            if known := state.check_identity(identity, time.time()):
+            if known := state.check_identity(identity, self._now()):
                 scalars = self._repeat(state, known)
                 if state.round.holds(identity.worker, identity.seq):
                     joined = self._gathering.join(state, fields, identity, scalars, back)
@@ -297,7 +298,7 @@ class Session:
         abandon: bool,
     ) -> Waiting[Reply]:
         state = self._loaded()
-        if known := state.check_identity(identity, time.time()):
+        if known := state.check_identity(identity, self._now()):
             return Reply(scalars=self._repeat(state, known))
         state.check_match(if_match)
         if isinstance(operation, Reaching):
@@ -332,7 +333,7 @@ class Session:
             with suppress(OptserveError):  # what cannot be read back can still be deleted
                 state = self._loaded()
             if state is not None:
-                state.check_identity(identity, time.time())
+                state.check_identity(identity, self._now())
             forget()
             return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
 

@@ -271,7 +271,8 @@ class SessionState:
             self.ledger.pushed(event.worker, request.get("base_version"))
         for push in self.round.contributions.values():
             if event.kind == "close":
-                self.ledger.resolve(push, applied_version=reply["applied_version"], reply=reply)
+                answer = push.answer(reply)
+                self.ledger.resolve(push, applied_version=answer["applied_version"], reply=answer)
             elif event.kind == "fail":
                 self.ledger.release(push)
         self.round.note(event)
@@ -279,8 +280,14 @@ class SessionState:
     # --- frames ----------------------------------------------------------------------------------
 
     def frame(self) -> list[bytes | memoryview]:
-        """Return the state file; its buffers are views of live memory: copy them under the turn."""
+        """Return the state file; its buffers are views of live memory: copy them under the turn.
+
+        The pushes of an open round are not in it: in its ledger they are as of one that failed.
+        """
         meta, tensors = checkpoint.dump(self.engine)
+        ledger = copy.deepcopy(self.ledger) if self.round.open else self.ledger
+        for push in self.round.contributions.values():
+            ledger.release(push)
         return frames.encode(
             {
                 "config": self.config,
@@ -297,7 +304,7 @@ class SessionState:
                 "inexact": self.inexact,
                 "rewound": self.rewound,
                 "rounds": self.round.ended,
-                "ledger": self.ledger.dump(),
+                "ledger": ledger.dump(),
                 "engine": meta,
             },
             tensors,

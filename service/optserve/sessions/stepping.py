@@ -109,9 +109,8 @@ def inspect(state: SessionState, step: Step) -> Inspected:
 def _age(state: SessionState, step: Step) -> tuple[int | None, float]:
     """Return staleness and weight; refuse a gradient of a version that it must not be of."""
     fields, mode = step.fields, state.config.get("workers")
-    for name in ("weight", "wait_s"):
-        if getattr(fields, name) is not None:
-            raise Invalid(f"{name} has no effect outside of rounds", field=name)
+    if fields.weight is not None:  # wait_s is a bound, and nothing is waited for here
+        raise Invalid("weight has no effect outside of rounds", field="weight")
     if mode is None:
         if fields.base_version is not None and fields.base_version != state.version:
             raise VersionConflict(
@@ -152,6 +151,7 @@ def stale(state: SessionState, base_version: int, why: str) -> StaleGradient:
         f"base_version is {base_version}, the session's version is {state.version}; {why}",
         version=state.version,
         base_version=base_version,
+        updates=state.updates,
     )
 
 
