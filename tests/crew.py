@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from optserve_client import Worker
 from optserve_client.errors import Conflict
 from tests import nets
 from tests.waiting import wait_until
-from tests.working import Worker
 from tests.zygote import Zygote
 
 LIMIT_S = 600.0
-#: What a push may be refused with: it is late, its round failed, or a worker of this name that died
-#: has pushed into the round already.
+#: What a push may be refused with: it is late, and the params of now came with that; its round
+#: failed; or a worker of this name that died has pushed into the round already.
 _TOLD = ("stale_gradient", "round_failed", "conflict")
 #: Bytes of a version.
 _SAID = 8
@@ -99,36 +99,41 @@ def work(job: Job, say: Say, hear: Callable[[], int | None]) -> None:
     """Push until the job is done; each answer is told. ``hear`` returns when to end, once it is
     said."""
     shard = nets.Shard(job.index, job.of, job.size)
-    kind = "delta" if job.steps else "grad"
-    with Worker(job.url, job.session, job.name, kind=kind) as worker:
-        held = worker.pull()
-        version, params, number, until = held.version, held.arrays, 0, job.until
-        while version < (until or version + 1) and number != job.pushes:
+    with Worker(job.url, job.session, job.name) as worker:
+        params, number, until = worker.pull(), 0, job.until
+        while params.version < (until or params.version + 1) and number != job.pushes:
             loss, tensors = computed(job, shard, params, number)
-            which = {"push": [job.name, worker.epoch, worker.next_seq], "base": version}
+            which = {"push": [job.name, worker.epoch, _next_seq(worker)], "base": params.version}
             say(sends=number, digest=digest(tensors), **which)
             number += 1
             try:
-                result = worker.push(tensors, version, loss=loss)
+                result = worker.push(**{"deltas" if job.steps else "grads": tensors}, loss=loss)
             except Conflict as exc:
                 if exc.code not in _TOLD:
                     raise
                 say(refused=exc.code, **which)
-                wait_until(lambda: not worker.pending, "the end of a round", LIMIT_S)
-                held = worker.pull()
-                version, params = held.version, held.arrays
-                until = hear() or until
-                continue
-            round_ = result.raw.get("round")
-            say(
-                made=result.applied_version,
-                round=round_ and round_["number"],
-                staleness=result.raw.get("staleness"),
-                **which,
-            )
-            assert result.params, "every answer brings params"
-            version, params = result.version, result.params
-            until = hear() or until
+                if exc.code == "conflict":
+                    wait_until(lambda: not _pending(worker), "the end of a round", LIMIT_S)
+                    worker.pull()
+            else:
+                round_ = result.round and result.round["number"]
+                made, staleness = result.applied_version, result.staleness
+                say(made=made, round=round_, staleness=staleness, **which)
+            assert worker.params is not None
+            params, until = worker.params, hear() or until
+
+
+def _next_seq(worker: Worker) -> int:
+    """Return the number of the next push; one that is refused does not use it up."""
+    lane = worker._member._lane
+    assert lane is not None
+    return lane.seq
+
+
+def _pending(worker: Worker) -> bool:
+    """Say whether the open round has a push that came under this name."""
+    found = worker.session.workers()["round"]
+    return found is not None and worker.name in found["contributed"]
 
 
 # --- outside -------------------------------------------------------------------------------------

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from optserve_client import Client, Session, StepResult, errors
+from optserve_client import Client, Session, StepResult, Worker, errors
 from tests import oracle
 from tests.history import Operation, check_order, check_values, check_versions, digest
 from tests.record import Figure
 from tests.serving import ServerProcess
-from tests.working import Worker, open_session
 
 CLIENTS = 16
 SHAPES = {"w": (7, 5), "b": (5,), "s": ()}
@@ -68,8 +67,8 @@ class Caller(threading.Thread):
         try:
             with (
                 Client(self._url) as client,
-                Worker(self._url, self._ids["rounds"], self.name) as rounds,
-                Worker(self._url, self._ids["stale"], self.name) as stale,
+                Worker(client, self._ids["rounds"], self.name) as rounds,
+                Worker(client, self._ids["stale"], self.name) as stale,
             ):
                 self._client, self._rounds, self._stale = client, rounds, stale
                 while not self.enough.is_set():
@@ -103,10 +102,11 @@ class Caller(threading.Thread):
         except errors.Conflict as exc:
             if exc.code not in REFUSALS:
                 raise
-            self._note(kind, exc.code, began, exc.extra["version"])
+            told = digest(exc.params) if isinstance(exc, errors.StaleGradient) else None
+            self._note(kind, exc.code, began, exc.extra["version"], digest=told)
             self.failed_rounds += exc.code == "round_failed"
             return
-        found = result.raw.get("round")
+        found = result.round
         self._note(
             kind,
             "step",
@@ -122,11 +122,11 @@ class Caller(threading.Thread):
 
     def _push(self) -> None:
         base = self._known["rounds"]
-        self._stepped("rounds", base, lambda grads: self._rounds.push(grads, base))
+        self._stepped("rounds", base, lambda grads: self._rounds.push(grads, base_version=base))
 
     def _push_stale(self) -> None:
         base = self._known["stale"]
-        self._stepped("stale", base, lambda grads: self._stale.push(grads, base))
+        self._stepped("stale", base, lambda grads: self._stale.push(grads, base_version=base))
 
     def _step(self) -> None:
         base = self._known["plain"] if self._rng.random() < 0.3 else None
@@ -172,7 +172,7 @@ def test_a_history_of_16_clients_is_linearizable_and_its_replay_bit_exact(
 ) -> None:
     first = oracle.tensors(1, SHAPES)
     with ServerProcess("--threads", "1") as server, Client(server.url) as client:
-        sessions = {kind: open_session(client, o, first, w) for kind, (o, w) in SPECS.items()}
+        sessions = {k: client.create(o, first, workers=w) for k, (o, w) in SPECS.items()}
         ids = {kind: session.id for kind, session in sessions.items()}
         callers = [Caller(server.url, ids, number) for number in range(CLIENTS)]
         for caller in callers:

@@ -16,7 +16,6 @@ from tests.crew import Hand, Job, computed, finish
 from tests.nets import Arrays, Shard
 from tests.record import Figure
 from tests.serving import ServerProcess
-from tests.working import open_session
 from tests.zygote import Zygote
 
 Spec = dict[str, Any]
@@ -133,7 +132,7 @@ def test_rounds_of_four_processes_are_bit_equal_to_one_process(
     net: str, zygote: Zygote, url: str, client: Client, long_form: bool, figure: Figure
 ) -> None:
     rounds = 200 if long_form else 60
-    session = open_session(client, ADAMW, nets.initial(net), SYNC)
+    session = client.create(ADAMW, nets.initial(net), workers=SYNC)
     todo = jobs(url, session, net, until=rounds)
     hands = train(zygote, todo)
     served = session.params()
@@ -151,7 +150,7 @@ def test_asynchronous_pushes_reach_the_accuracy_of_one_process(
     zygote: Zygote, url: str, client: Client, long_form: bool, figure: Figure
 ) -> None:
     for net in nets_of(long_form):
-        session = open_session(client, ADAMW, nets.initial(net), ASYNC)
+        session = client.create(ADAMW, nets.initial(net), workers=ASYNC)
         hands = train(zygote, jobs(url, session, net, pushes=PUSHES))
         served, told = session.params(), [one for hand in hands for one in hand.told]
         refused = sum("refused" in one for one in told)
@@ -171,7 +170,7 @@ def test_deltas_of_local_steps_reach_the_accuracy_of_one_process(
 ) -> None:
     for net in nets_of(long_form):
         workers = {**SYNC, "push": "deltas"}
-        session = open_session(client, optimizer, nets.initial(net), workers)
+        session = client.create(optimizer, nets.initial(net), workers=workers)
         todo = jobs(url, session, net, until=LOCAL_ROUNDS, **DESCENT)
         train(zygote, todo)
         served = session.params()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from tests.crew import Hand, Job, computed
 from tests.nets import Arrays
 from tests.proxy import FAULTS, Proxy
 from tests.record import Figure
-from tests.rounds import Journal, Push, Sent
+from tests.round_journal import Journal, Push, Sent
 from tests.serving import ServerProcess, free_port
 from tests.waiting import wait_until
-from tests.working import open_round, open_session
 from tests.zygote import Zygote
 
 DEADLINE_S = 1.0
@@ -56,8 +55,8 @@ class Scene:
         #: When there was no server, Unix seconds.
         self.outages: list[tuple[float, float]] = []
         self.proxy = Proxy(("127.0.0.1", self._port), seed=5, faults=DOUBLING)
-        self.session = open_session(
-            self.client, {"name": "AdamW", "lr": 3e-3}, nets.initial("mlp"), self._workers(4)
+        self.session = self.client.create(
+            "AdamW", nets.initial("mlp"), lr=3e-3, workers=self._workers(4)
         )
 
     def _start(self) -> ServerProcess:
@@ -106,20 +105,25 @@ class Scene:
 
     def succeed(self, index: int) -> None:
         """kill -9 a worker whose push is in the open round, and start another one of its name."""
-        late = self.hands["w0"]
-        late.signal(signal.SIGSTOP)
-        wait_until(lambda: f"w{index}" in self.contributed, f"a push of w{index}", LIMIT_S)
-        self._kill(index)
-        self.start(index)
-        late.signal(signal.SIGCONT)
+        with self._open_round(f"w{index}"):
+            self._kill(index)
+            self.start(index)
         self.wait(2)
 
-    @property
-    def contributed(self) -> Sequence[str]:
-        """Who has pushed into the open round."""
-        found = open_round(self.client, self.session.id)
-        names: list[str] = found["contributed"] if found else []
-        return names
+    @contextmanager
+    def _open_round(self, name: str = "") -> Iterator[None]:
+        """Have a round open, which waits for w0, with a push of ``name`` or of anybody."""
+
+        def waits() -> bool:
+            found = self.session.workers()["round"]
+            names = found["contributed"] if found else []
+            return bool(names) and "w0" not in names and (not name or name in names)
+
+        late = self.hands["w0"]
+        late.signal(signal.SIGSTOP)
+        wait_until(waits, "a round without w0", LIMIT_S)
+        yield
+        late.signal(signal.SIGCONT)
 
     def stop(self, *indices: int) -> None:
         """SIGSTOP workers for longer than a deadline; return when they take part again."""
@@ -155,15 +159,12 @@ class Scene:
 
     def kill_server(self) -> None:
         """kill -9 the server while a round is open, and start it again."""
-        late = self.hands["w0"]
-        late.signal(signal.SIGSTOP)
-        wait_until(lambda: self.contributed, "an open round", LIMIT_S)
-        began = time.time()
-        assert self.server.stop(signal.SIGKILL) == -signal.SIGKILL
-        self.server.close()
-        late.signal(signal.SIGCONT)
-        self.server = self._start()
-        self.outages.append((began, time.time()))
+        with self._open_round():
+            began = time.time()
+            assert self.server.stop(signal.SIGKILL) == -signal.SIGKILL
+            self.server.close()
+            self.server = self._start()
+            self.outages.append((began, time.time()))
         self.wait()
 
     def end(self) -> bytes:
