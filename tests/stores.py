@@ -97,6 +97,8 @@ class Faulty:
         self._store = store
         #: Kind of event and fault; each happens once, in this order.
         self.faults: list[tuple[str, str]] = []
+        #: How many have happened.
+        self.met = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -113,6 +115,7 @@ class Faulty:
         fault = None
         if self.faults and self.faults[0][0] == event.kind:
             _, fault = self.faults.pop(0)
+            self.met += 1
         if fault in (None, "lost"):
             [outcome] = self._store.append([event])
             if fault is None or outcome.error is not None:

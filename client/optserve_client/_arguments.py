@@ -33,6 +33,11 @@ def array(value: Any, what: str, dtype: str | None = None) -> wire.Tensor:
     return wire.tensor_from_json(numbers, what, wire.dtype_tag(dtype or "float32"))
 
 
+def in_session(tensor: wire.Tensor, what: str, dtype: str | None) -> wire.Tensor:
+    """Return ``tensor`` in the session's dtype, if that is known; refuse what would be rounded."""
+    return tensor if dtype is None else wire.widen(tensor, wire.dtype_tag(dtype), what)
+
+
 def mapping(value: Any, what: str) -> Mapping[str, Any]:
     """Return ``value`` if it maps names to something, else say that it should."""
     if not isinstance(value, Mapping):

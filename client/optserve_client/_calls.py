@@ -15,6 +15,7 @@ from optserve_client._arguments import (
     array,
     condition,
     given,
+    in_session,
     integer,
     mapping,
     param_tensors,
@@ -22,7 +23,9 @@ from optserve_client._arguments import (
 )
 from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
+from optserve_client._unsent import Packed, Unsent
 from optserve_client._values import Json, Page, Params, Sparse, StepResult
+from optserve_client.compress import Compressor
 
 T = TypeVar("T")
 
@@ -149,11 +152,29 @@ def step(
     none: Iterable[str],
     fields: Json,
     dtype: str | None = None,
+    compress: Compressor | None = None,
+    unsent: Unsent | None = None,
     *,
     patience_s: float,
 ) -> Call[StepResult]:
-    tensors, without = _gradients(grads, deltas, dtype)
-    without = [*none, *without]
+    what, kind = _pushed(grads, deltas)
+    tensors: dict[str, wire.Tensor] = {}
+    dense: dict[str, wire.Tensor] = {}
+    without = list(none)
+    for name, grad in mapping(grads if deltas is None else deltas, what).items():
+        where = f"{what}[{name!r}]"
+        if grad is None:
+            without.append(name)
+        elif isinstance(grad, Sparse):
+            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
+            tensors[f"sparse/{name}/values"] = array(grad.values, f"{where}.values", dtype)
+        elif compress is None:
+            tensors[f"{kind}/{name}"] = array(grad, where, dtype)
+        else:
+            dense[name] = in_session(array(grad, where, dtype), where, dtype)
+    late = None
+    if compress is not None:
+        late = Packed(compress, unsent or Unsent(), dense, fields.get("loss_scale", 1.0), kind)
     # Who says of which version a gradient is may be one of several workers: then it waits for the
     # others, and if it is too late it needs what it asks for all the same.
     patient = "base_version" in fields and "wait_s" not in fields
@@ -165,6 +186,7 @@ def step(
         path=session_path(session_id, "step"),
         fields=fields | given(none=without or None),
         tensors=tensors | param_tensors({} if params is None else params, dtype),
+        late=late,
         accept=wire.SAFETENSORS,
         guarded=True,
         wait_s=seconds(fields.get("wait_s", 0.0), "wait_s"),
@@ -178,24 +200,11 @@ def step(
     )
 
 
-def _gradients(
-    grads: Mapping[str, Any] | None, deltas: Mapping[str, Any] | None, dtype: str | None
-) -> tuple[dict[str, wire.Tensor], list[str]]:
-    """Return the tensors of a step, by their names in the frame, and the names without one."""
+def _pushed(grads: Mapping[str, Any] | None, deltas: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return what a step is given, and what its tensors are called."""
     if (grads is None) is (deltas is None):
         raise TypeError("a step takes grads, or, where workers push deltas, deltas=")
-    what, kind = ("grads", "grad") if deltas is None else ("deltas", "delta")
-    tensors: dict[str, wire.Tensor] = {}
-    without: list[str] = []
-    for name, grad in mapping(grads if deltas is None else deltas, what).items():
-        if grad is None:
-            without.append(name)
-        elif isinstance(grad, Sparse):
-            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
-            tensors[f"sparse/{name}/values"] = array(grad.values, f"{what}[{name!r}].values", dtype)
-        else:
-            tensors[f"{kind}/{name}"] = array(grad, f"{what}[{name!r}]", dtype)
-    return tensors, without
+    return ("grads", "grad") if deltas is None else ("deltas", "delta")
 
 
 def params(

@@ -1,7 +1,7 @@
 """One request until it is answered: when it is sent again, and what is known when that ends.
 
-An operation is a generator. It yields :class:`Send` or :class:`Sleep`, is told what came of it, and
-returns the answer; ``client.py`` and ``aio.py`` only do what it asks.
+An operation is a generator. It yields :class:`Send`, :class:`Sleep` or :class:`Work`, is told what
+came of it, and returns the answer; ``client.py`` and ``aio_client.py`` only do what it asks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,14 @@ class Sleep:
     seconds: float
 
 
-Steps: TypeAlias = Generator[Send | Sleep, Answer | None, T]
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Call this, which may take a while; an event loop has it called in a thread."""
+
+    do: Callable[[], object]
+
+
+Steps: TypeAlias = Generator[Send | Sleep | Work, Answer | None, T]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from optserve_client import _calls, _worker_calls, errors, wire
 from optserve_client._exchange import Retry, Steps
 from optserve_client._protocol import Call, Lane, perform
+from optserve_client._unsent import Unsent
 from optserve_client._values import Json, Params, StepResult
+from optserve_client.compress import Compressor
 
 T = TypeVar("T")
 
@@ -41,6 +43,8 @@ class Member:
         self.session_id = session_id
         self._retry, self._patience_s = retry, patience_s
         self._drops, self._retry_rounds = on_stale == "drop", retry_rounds
+        #: What compressed pushes left out, in whatever epoch.
+        self._unsent = Unsent()
         #: None: it has to register first.
         self._lane: Lane | None = None
         #: A newer namesake is there, so this one has to stop.
@@ -66,7 +70,8 @@ class Member:
 
     def register(self) -> Steps[Json]:
         reply = yield from self._run(_worker_calls.register(self.session_id, self.name))
-        self._lane, self._fenced = Lane(self.name, reply["epoch"]), None
+        self._lane = Lane(self.name, reply["epoch"], unsent=self._unsent)
+        self._fenced = None
         self._lane.begin(reply)
         return reply
 
@@ -143,6 +148,7 @@ class Member:
         deltas: Mapping[str, Any] | None,
         none: Iterable[str],
         fields: Json,
+        compress: Compressor | None,
     ) -> Steps[StepResult]:
         """Send a push and return what became of it.
 
@@ -153,7 +159,15 @@ class Member:
         if "base_version" not in fields and self.version is not None:
             fields = {**fields, "base_version": self.version}
         call = _calls.step(
-            self.session_id, grads, deltas, None, none, fields, patience_s=self._patience_s
+            self.session_id,
+            grads,
+            deltas,
+            None,
+            none,
+            fields,
+            compress=compress,
+            unsent=self._unsent,
+            patience_s=self._patience_s,
         )
         rounds, lost = 0, False
         while True:

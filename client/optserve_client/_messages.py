@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import numpy as np
@@ -36,6 +36,8 @@ class Request:
     wait_s: float = 0.0
     #: Whether 202, which says that it still waits, is no answer yet: then it is sent again.
     patient: bool = False
+    #: Whom to tell that the server has done it.
+    acknowledged: Callable[[Answer], None] | None = None
 
     @property
     def length(self) -> int:
@@ -67,8 +69,7 @@ class Request:
 
     def kept(self) -> Request:
         """Return a copy that does not change when the caller's arrays do."""
-        pieces = tuple(bytes(piece) for piece in self.pieces)
-        return replace(self, pieces=pieces)
+        return replace(self, pieces=tuple(bytes(piece) for piece in self.pieces))
 
     def same_as(self, other: Request) -> bool:
         return (self.method, self.target, *self.pieces) == (
@@ -76,6 +77,15 @@ class Request:
             other.target,
             *other.pieces,
         )
+
+
+class Late(Protocol):
+    """Tensors, and fields beside them, that are not known before the request goes out."""
+
+    def made(self) -> tuple[Mapping[str, wire.Tensor], Mapping[str, Any]]: ...
+
+    def acknowledged(self, answer: Answer) -> None:
+        """Take note that the server has done what was :meth:`made` last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +99,8 @@ class Draft:
     fields: Mapping[str, Any] | None = None
     #: Tensors by their names in the frame (``grad/w``); with them the body is a frame, else JSON.
     tensors: Mapping[str, wire.Tensor] | None = None
+    #: Further tensors, which come first.
+    late: Late | None = None
     #: A whole frame, or JSON text, as it is.
     frame: memoryview | None = None
     text: str | None = None
@@ -114,8 +126,10 @@ class Draft:
         elif self.text is not None:
             pieces, kind = (self.text.encode(),), JSON
         elif self.tensors is not None:
-            metadata = {wire.META_KEY: to_json(fields or {})}
-            pieces, kind = tuple(wire.encode(self.tensors, metadata)), wire.SAFETENSORS
+            late, more = self.late.made() if self.late else ({}, {})
+            metadata = {wire.META_KEY: to_json({**(fields or {}), **more})}
+            pieces = tuple(wire.encode({**late, **self.tensors}, metadata))
+            kind = wire.SAFETENSORS
         elif fields is not None:
             pieces, kind = (to_json(fields).encode(),), JSON
         headers = {"Accept": self.accept, **self.headers}
@@ -129,6 +143,7 @@ class Draft:
             pieces=pieces,
             wait_s=self.wait_s,
             patient=self.patient,
+            acknowledged=self.late.acknowledged if self.late else None,
         )
 
 

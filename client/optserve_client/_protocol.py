@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from optserve_client import errors, wire
-from optserve_client._exchange import Retry, Steps, Trail, exchange
+from optserve_client._exchange import Retry, Steps, Trail, Work, exchange
 from optserve_client._messages import Answer, Draft, Request
+from optserve_client._unsent import Unsent
 
 T = TypeVar("T")
 #: threading.Lock or asyncio.Lock.
@@ -43,6 +44,8 @@ class Lane:
     blocked: errors.OptserveError | None = None
     #: Whether a deletion may have been carried out without our having seen it.
     deleting: bool = False
+    #: What compressed steps left out.
+    unsent: Unsent = field(default_factory=Unsent)
 
     def stamped(self, draft: Draft) -> Request:
         stamp = {"worker": self.worker, "epoch": self.epoch, "seq": self.seq}
@@ -102,12 +105,21 @@ def change(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
     until :meth:`Lane.resume`.
     """
     lane.check()
-    request = lane.stamped(draft)
+    request = yield from _made(draft, lambda: lane.stamped(draft))
     earlier = lane.unsettled
     if earlier is not None and not request.same_as(earlier):
         yield from _settle(lane, earlier, retry)
-        request = lane.stamped(draft)
+        request = yield from _made(draft, lambda: lane.stamped(draft))
     return (yield from _settle(lane, request, retry))
+
+
+def _made(draft: Draft, make: Callable[[], Request]) -> Steps[Request]:
+    """Return the request of ``draft``, whose late tensors may take a while."""
+    if draft.late is None:
+        return make()
+    made: list[Request] = []
+    yield Work(lambda: made.append(make()))
+    return made[0]
 
 
 def _settle(lane: Lane, request: Request, retry: Retry) -> Steps[Answer]:
@@ -118,6 +130,8 @@ def _settle(lane: Lane, request: Request, retry: Retry) -> Steps[Answer]:
     finally:  # also when the caller was interrupted or cancelled
         lane.unsettled = request.kept() if answer is None and trail.maybe_done else None
     lane.settled(answer)
+    if answer.ok and request.acknowledged is not None:
+        request.acknowledged(answer)
     return answer
 
 
@@ -153,7 +167,8 @@ class Call(Generic[T]):
 def perform(call: Call[T], retry: Retry, lane: Lane | None) -> Steps[T]:
     """Run ``call`` to its end: return what it returns or raise what the server refused it with."""
     if lane is None:
-        answer = yield from exchange(call.draft.request(), retry, Trail())
+        request = yield from _made(call.draft, call.draft.request)
+        answer = yield from exchange(request, retry, Trail())
     else:
         answer = yield from (remove if call.deletes else change)(lane, call.draft, retry)
     if answer.ok or (call.deletes and answer.doubtful and answer.status == 404):
@@ -196,6 +211,10 @@ class Lanes(Generic[L]):
         """Return the generation of the session that this client knows, if it knows one."""
         known = self._lanes.get(session_id)
         return known[0].generation if known else None
+
+    def unsent(self, session_id: str) -> Unsent:
+        """Return what compressed steps of the session left out."""
+        return self.get(session_id)[0].unsent
 
     def forget(self, session_id: str) -> None:
         self._lanes.pop(session_id, None)

@@ -10,7 +10,9 @@ from typing import Any, Literal, Self
 from optserve_client import _arguments
 from optserve_client._member import Member, OnStale
 from optserve_client._values import Json, Params, StepResult
-from optserve_client.aio import AsyncClient, AsyncSession, borrow_words
+from optserve_client.aio import AsyncSession, borrow_words
+from optserve_client.aio_client import AsyncClient
+from optserve_client.compress import Compressor
 from optserve_client.worker import Worker, log
 
 
@@ -110,6 +112,7 @@ class AsyncWorker:
         wait_s: float | None = None,
         returns: Literal["params", "none"] = "params",
         return_dtype: str | None = None,
+        compress: Compressor | None = None,
     ) -> StepResult:
         fields = _arguments.step_fields(
             returns,
@@ -124,7 +127,9 @@ class AsyncWorker:
             return_dtype=return_dtype,
         )
         async with self._lock:
-            return await self._client._play(self._member.push(grads, deltas, none or (), fields))
+            return await self._client._play(
+                self._member.push(grads, deltas, none or (), fields, compress)
+            )
 
     async def leave(self) -> None:
         async with self._lock:

@@ -12,6 +12,7 @@ from optserve_client import _arguments
 from optserve_client._member import Member, OnStale
 from optserve_client._values import Json, Params, StepResult
 from optserve_client.client import Client
+from optserve_client.compress import Compressor
 from optserve_client.session import Session
 
 log = logging.getLogger("optserve_client")
@@ -144,6 +145,7 @@ class Worker:
         wait_s: float | None = None,
         returns: Literal["params", "none"] = "params",
         return_dtype: str | None = None,
+        compress: Compressor | None = None,
     ) -> StepResult:
         """Send gradients (or deltas), wait for the round if there are rounds, return the outcome.
 
@@ -164,7 +166,9 @@ class Worker:
             return_dtype=return_dtype,
         )
         with self._lock:
-            return self._client._play(self._member.push(grads, deltas, none or (), fields))
+            return self._client._play(
+                self._member.push(grads, deltas, none or (), fields, compress)
+            )
 
     def leave(self) -> None:
         """Remove this worker from the session; its push stays in the open round."""

@@ -20,7 +20,13 @@ import pytest
 from tests.serving import ROOT, ServerProcess, environment
 
 BLOCK = re.compile(r"<!-- (run|prints) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-DOCUMENTS = ["README.md", "docs/quickstart.md", "docs/how-to.md", "docs/client.md"]
+DOCUMENTS = [
+    "README.md",
+    "docs/quickstart.md",
+    "docs/how-to.md",
+    "docs/client.md",
+    "docs/compression.md",
+]
 #: The address that the documents use.
 DEFAULT = "http://127.0.0.1:8000"
 

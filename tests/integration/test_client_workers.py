@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from optserve_client import AsyncClient, AsyncWorker, Bits, Client, Session, Worker, errors
+from optserve_client import AsyncClient, AsyncWorker, Bits, Client, Session, TopK, Worker, errors
 from tests.proxy import Proxy
 from tests.serving import ServerProcess
 from tests.waiting import wait_until
@@ -398,6 +398,30 @@ def test_bfloat16_is_combined_in_float32(client: Client, threads: ThreadPoolExec
     torch.optim.SGD([local], lr=1.0, fused=True).step()
     for one in served:
         assert torch.equal(tensor(one), local.detach())
+
+
+@pytest.mark.parametrize("push", ["gradients", "deltas"])
+def test_compressed_pushes_say_in_the_end_all_that_was_to_be_said(
+    client: Client, threads: ThreadPoolExecutor, push: str
+) -> None:
+    """What a worker left out of one push goes with a later one, so the sums come out."""
+    session = client.create("SGD", {"w": np.zeros(100)}, lr=1.0, workers=sync(2, push=push))
+    rng, sign = np.random.default_rng(0), -1 if push == "gradients" else 1
+    parts = rng.integers(-50, 50, (2, 10, 100)).astype(np.float64)
+
+    def loop(k: int) -> Worker:
+        worker, few = Worker(client, session.id, NAMES[k]), TopK(0.02, dtype="float64")
+        worker.pull()
+        rest = [np.zeros(100)] * 60  # two of a hundred each time
+        for part in [*parts[k], *rest]:
+            pushed = {"w": part}
+            given = {"deltas": pushed} if push == "deltas" else {"grads": pushed}
+            worker.push(**given, compress=few)
+        return worker
+
+    for worker in threads.map(loop, range(2)):
+        assert worker.version == 70
+    np.testing.assert_array_equal(session.params()["w"], sign * parts.sum(axis=(0, 1)) / 2)
 
 
 def bits(t: torch.Tensor) -> Bits:

@@ -15,10 +15,12 @@ from optserve.sessions.registry import Registry
 from optserve.sessions.replay import read_step
 from optserve.sessions.session import Session
 from optserve.store.opening import open_store
-from optserve_client import wire
+from optserve_client import Client, Half, Int8, TopK, wire
+from optserve_client.compress import Compressor
 from optserve_client.errors import Nonfinite
 from tests.integration.api_client import BINARY, Api, asking, f32, frame
 from tests.local import NOBODY, create, exported, read_back
+from tests.serving import ServerProcess
 
 BODY: dict[str, Any] = {"optimizer": {"name": "AdamW", "lr": 0.1}, "clip_grad_norm": 1.0}
 #: Below and above what is parsed on the event loop, kept in the database, and written behind.
@@ -210,3 +212,40 @@ def test_a_block_in_a_json_body_is_refused_because_it_would_do_nothing(api: Api)
     api.put("/v1/sessions/s", json={"optimizer": "SGD", "params": {"w": [1, 2]}})
     reply = api.post("/v1/sessions/s/step", json={"grads": {"w": [1, 2]}, "int8_block": 64})
     assert (reply.status_code, reply.json()["field"]) == (422, "int8_block")
+
+
+# --- from the client -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "compressor",
+    [TopK(0.05), TopK(0.2, dtype="bfloat16"), Int8(), Int8(block=50), Half()],
+    ids=repr,
+)
+def test_the_server_makes_of_the_tensors_what_the_client_thinks(
+    server: ServerProcess, compressor: Compressor, dtype: str
+) -> None:
+    tag = wire.dtype_tag(dtype)
+    size, rng = 3000, np.random.default_rng(0)
+    given: Any = np.zeros(size, np.float64)
+    name = f"compressed-{dtype}-{id(compressor)}"
+    with Client(server.url) as client:
+        start: Any = wire.narrow(np.zeros(size), tag)
+        session = client.create({"name": "SGD", "lr": 1.0}, {"w": start}, id=name)
+        for _ in range(6):
+            gradient = wire.narrow(np.rint(rng.normal(size=size) * 64) / 8, tag)
+            before = -session.params()["w"] if dtype != "bfloat16" else None
+            kept = client._lanes.unsent(name).left.get("w")
+            encoded = compressor.encode("w", gradient, None if kept is None else kept[0])
+            result = session.step({"w": gradient}, compress=compressor)
+            wide: Any = gradient.to_float32() if isinstance(gradient, wire.Bits) else gradient
+            given = given + wide
+            assert encoded.unsent is not None
+            kept_now = client._lanes.unsent(name).left["w"][0]
+            np.testing.assert_array_equal(kept_now, encoded.unsent)
+            if before is not None:  # what was applied is what is not unsent
+                total = wide + (0 if kept is None else kept[0])
+                applied = -result.params["w"] - before  # type: ignore[index, operator]
+                np.testing.assert_allclose(applied, total - encoded.unsent, rtol=1e-5, atol=1e-5)
+        session.delete()

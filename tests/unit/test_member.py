@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from optserve_client import AsyncClient, AsyncWorker, Client, Worker, errors
+from optserve_client import AsyncClient, AsyncWorker, Client, Half, TopK, Worker, errors
 from tests.unit.test_protocol_clients import QUICK, STEP, Wire, frame
 from tests.unit.test_protocol_rounds import CLOSED, STALE, opened, refused, registered
 
@@ -317,3 +317,43 @@ def test_a_push_that_stays_open_is_settled_before_the_next_one(make: Make) -> No
         worker.push({"w": np.zeros(2, np.float32)})
     assert stamps(net) == [("w3", 1, 1, 0)] * 4 + [("w3", 1, 2, 0)]
     assert len({r.content for r in net.requests[2:6]}) == 1
+
+
+def sizes(*values: tuple[int, float]) -> Any:
+    """Return 100 numbers, all but these 0."""
+    array = np.zeros(100, np.float32)
+    for at, value in values:
+        array[at] = value
+    return array
+
+
+def test_what_a_compressed_push_left_out_stays_with_the_worker(make: Make) -> None:
+    """Also from one epoch to the next, and it is not lost with a push that was refused."""
+    net = Wire(registered("w3", 1), pulled(0), pushed(1), problem(FAILED), problem(REMOVED))
+    net.outcomes += [registered("w3", 2), pushed(2)]
+    worker, one = make(net), TopK(0.01)
+    worker.pull()
+    worker.push({"w": sizes((0, 4.0), (1, 1.0))}, compress=one)
+    second = {"w": sizes((1, 0.5), (2, 1.0))}
+    with pytest.raises(errors.RoundFailed):
+        worker.push(second, compress=one)
+    worker.push(second, compress=one)
+    sent = [net.tensors(i) for i in (2, 3, 4, 6)]
+    assert [s["topk/w/values"].tolist() for s in sent] == [[4.0], [1.5], [1.5], [1.5]]
+    assert [s["topk/w/indices"].tolist() for s in sent] == [[0], [1], [1], [1]]
+
+
+@pytest.mark.parametrize(
+    "compress, names",
+    [
+        (TopK(0.01), ["topk/w/indices", "topk/w/values", "delta/b"]),
+        (Half(), ["delta/w", "delta/b"]),
+    ],
+)
+def test_deltas_can_be_compressed_too(make: Make, compress: Any, names: list[str]) -> None:
+    net = Wire(registered("w3", 1), pulled(0), pushed(1))
+    worker = make(net)
+    worker.pull()
+    deltas = {"w": sizes((0, 4.0)), "b": np.ones(1, np.float32)}  # b is too small to gain by it
+    worker.push(deltas=deltas, compress=compress)
+    assert list(net.tensors()) == names

@@ -46,6 +46,8 @@ async def register_worker(
     is refused from now on. Send an Idempotency-Key, so that a repeat gets the same epoch."""
     session = session_of(request, session_id)
     incoming = await read_request(request, claim, "workers")
+    if incoming.identity.worker is not None:  # whose numbers would begin anew
+        raise Invalid("a registration takes an Idempotency-Key, not worker and seq", field="worker")
     body = RegisterBody.parse(incoming.fields)
     reply = session.change(Register(worker=body.name), incoming.identity)
     return await encode_reply(media, await done(reply))

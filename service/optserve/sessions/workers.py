@@ -46,7 +46,8 @@ class AsyncWorkers(Fields):
     mode: Literal["async"]
     #: A push is stale when the session is more versions ahead; None: none is.
     max_staleness: Annotated[int, Field(ge=0)] | None = None
-    #: ``damp``: a stale push has the weight 1 / (1 + staleness). ``reject`` if left out.
+    #: ``damp``: a stale push has the weight 1 / (1 + staleness). ``reject`` if left out; None where
+    #: none is stale.
     on_stale: Literal["reject", "damp"] | None = None
     push: Push = "gradients"
 
@@ -87,6 +88,8 @@ def _complete_async(fields: AsyncWorkers) -> dict[str, Any]:
         raise Invalid(
             "workers.on_stale has no effect without max_staleness", field="workers.on_stale"
         )
+    if fields.max_staleness is None:
+        return fields.model_dump()
     return {**fields.model_dump(), "on_stale": fields.on_stale or "reject"}
 
 
