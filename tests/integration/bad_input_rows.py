@@ -919,7 +919,21 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "unknown query parameter 'abandon'; there are epoch, seq, worker"),
     # queries
     ("GET", f"{A}/params?wieghts=ema", {}, INVALID,
-        "unknown query parameter 'wieghts'; there are dtype, encoding, names, weights"),
+        "unknown query parameter 'wieghts'; there are dtype, encoding, min_version, names, "
+        "version, wait_s, weights"),
+    ("GET", f"{A}/params?version=7", {}, VERSION,
+        "version 7 is asked for, the session's version is 19"),
+    ("GET", f"{A}/params?wait_s=1", {}, INVALID,
+        "wait_s needs min_version, the version to wait for"),
+    ("GET", f"{A}/params?min_version=9&wait_s=3601", {}, INVALID,
+        "query parameter wait_s: input should be less than or equal to 3600, got '3601'"),
+    ("GET", f"{A}/params?min_version=9&wait_s=60&weights=ema", {}, INVALID,
+        "weights=ema: the session keeps no EMA; create it with ema"),
+    ("GET", f"{A}/params?min_version=9&wait_s=60&names=z", {}, INVALID,
+        "names: the session has no parameter 'z'"),
+    ("GET", f"{A}/params?min_version=last", {}, INVALID,
+        "query parameter min_version: input should be a valid integer, unable to parse string as "
+        "an integer, got 'last'"),
     ("GET", f"{A}/params?weights=old", {}, INVALID,
         "query parameter weights: input should be 'live', 'eval', 'ema' or 'best', got 'old'"),
     ("GET", f"{A}/params?weights=ema", {}, INVALID,

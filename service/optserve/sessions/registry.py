@@ -382,6 +382,7 @@ class Registry:
     def _dismiss(self, session: Session) -> None:
         with self._lock:
             session.closed = True
+            session.watching.close()
             if self._sessions.get(session.key) is session:
                 self.residents.release(session.key)
                 del self._sessions[session.key]

@@ -68,6 +68,8 @@ class Session:
         self._scribes = home.scribes
         self._turn = home.executor.turn()
         self._held = Holding(home, row, state, owner_epoch)
+        #: Who waits for a later :attr:`version`, or for the end of the session.
+        self.watching = self._held.watching
 
     @property
     def id(self) -> str:
