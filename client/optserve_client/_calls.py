@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -163,14 +164,28 @@ def step(
 
 
 def params(
-    session_id: str, weights: str, names: Iterable[str] | None, known: Params | None
-) -> Call[Params]:
+    session_id: str,
+    weights: str,
+    names: Iterable[str] | None,
+    known: Params | None,
+    min_version: int | None,
+    wait_s: float | None,
+) -> Call[Params | None]:
+    if min_version is None and wait_s is not None:
+        raise errors.Invalid("wait_s needs min_version, the version to wait for", field="wait_s")
+    if wait_s is not None and not 0 <= wait_s < math.inf:
+        raise errors.Invalid(f"wait_s must be a number of seconds, got {wait_s!r}", field="wait_s")
+    least = 0 if min_version is None else integer(min_version, "min_version")
     query = [("weights", weights), *(("names", name) for name in names or ())]
+    asked = given(min_version=min_version, wait_s=wait_s)
+    query += [(key, str(value)) for key, value in asked.items()]
 
-    def read(answer: Answer) -> Params:
+    def read(answer: Answer) -> Params | None:
         if answer.status == 304:
-            assert known is not None
-            return known
+            # Either this is what the server has, or its version is still below min_version.
+            if known is None or answer.headers.get("etag", known.etag) != known.etag:
+                return None
+            return known if known.version >= least else None
         raw = answer.scalars
         return Params(
             version=raw["version"],
@@ -186,6 +201,7 @@ def params(
         query=tuple(query),
         headers={} if known is None else {"If-None-Match": known.etag},
         accept=wire.SAFETENSORS,
+        wait_s=wait_s or 0.0,
     )
     return Call(draft=draft, read=read)
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,8 @@ class Request:
     target: str
     headers: Mapping[str, str]
     pieces: tuple[bytes | memoryview, ...] = ()
+    #: So much longer than usual the server may take to answer, because it is asked to wait.
+    wait_s: float = 0.0
 
     @property
     def length(self) -> int:
@@ -64,7 +66,7 @@ class Request:
     def kept(self) -> Request:
         """Return a copy that does not change when the caller's arrays do."""
         pieces = tuple(bytes(piece) for piece in self.pieces)
-        return Request(method=self.method, target=self.target, headers=self.headers, pieces=pieces)
+        return replace(self, pieces=pieces)
 
     def same_as(self, other: Request) -> bool:
         return (self.method, self.target, *self.pieces) == (
@@ -92,6 +94,8 @@ class Draft:
     accept: str = JSON
     #: Whether the request takes the field ``generation``.
     guarded: bool = False
+    #: How long it asks the server to wait.
+    wait_s: float = 0.0
 
     def request(self, stamp: Mapping[str, Any] | None = None) -> Request:
         """Return the request with ``stamp`` (worker, epoch, seq) in its fields, else its query."""
@@ -115,7 +119,9 @@ class Draft:
         if kind is not None:
             headers |= {"Content-Type": kind, "Content-Length": str(sum(map(len, pieces)))}
         target = self.path + ("?" + urlencode(query) if query else "")
-        return Request(method=self.method, target=target, headers=headers, pieces=pieces)
+        return Request(
+            method=self.method, target=target, headers=headers, pieces=pieces, wait_s=self.wait_s
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

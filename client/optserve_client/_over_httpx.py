@@ -22,10 +22,15 @@ class OverHttpx:
         self._server, self._timeout_s = server, timeout_s
 
     def send(self, request: Request) -> Answer:
+        timeout_s = self._timeout_s + request.wait_s
         with (
-            translated(request, self._server, self._timeout_s),
+            translated(request, self._server, timeout_s),
             self._http.stream(
-                request.method, request.target, headers=request.headers, content=body_of(request)
+                request.method,
+                request.target,
+                headers=request.headers,
+                content=body_of(request),
+                timeout=timeout_s,
             ) as response,
         ):
             incoming = incoming_of(response)
@@ -46,12 +51,14 @@ class AwaitedOverHttpx:
         self._server, self._timeout_s = server, timeout_s
 
     async def send(self, request: Request) -> Answer:
-        with translated(request, self._server, self._timeout_s):
+        timeout_s = self._timeout_s + request.wait_s
+        with translated(request, self._server, timeout_s):
             async with self._http.stream(
                 request.method,
                 request.target,
                 headers=request.headers,
                 content=async_body_of(request),
+                timeout=timeout_s,
             ) as response:
                 incoming = incoming_of(response)
                 if not response.is_stream_consumed:

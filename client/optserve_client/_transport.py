@@ -146,7 +146,6 @@ class _Sockets:
 
     def __init__(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> None:
         self._server, self._timeout_s = place(url), timeout_s
-        self._wait_s = min(timeout_s, _LONGEST_S)
         self._pool, self._memory = Pool(), Memory()
         self._host, self._port, self._path = "", 0, ""
         if url.startswith("unix:"):
@@ -181,12 +180,17 @@ class _Sockets:
         self._pool.close()
         self._memory.close()
 
+    def _patience_s(self, more_s: float) -> float:
+        """Return how long one part of an answer may take that the server delays by ``more_s``."""
+        return min(self._timeout_s + more_s, _LONGEST_S)
+
     def _unreachable(self, request: Request, exc: Exception) -> errors.ConnectFailed:
         return errors.ConnectFailed(faults.not_connected(request, self._server, exc))
 
     def _broken(self, request: Request, exc: Exception) -> errors.TransportError:
         if isinstance(exc, TimeoutError):
-            return errors.Timeout(faults.late(request, self._server, self._timeout_s, exc))
+            timeout_s = self._timeout_s + request.wait_s
+            return errors.Timeout(faults.late(request, self._server, timeout_s, exc))
         return errors.TransportError(faults.broken(request, self._server, exc))
 
 
@@ -203,7 +207,7 @@ class Blocking(_Sockets):
                 raise self._unreachable(request, exc) from exc
         try:
             steps = exchanged(connection, head, request, self._memory.take)
-            return self._ended(connection, self._run(steps))
+            return self._ended(connection, self._run(steps, request.wait_s))
         except (OSError, errors.TransportError) as exc:
             connection.close()
             raise self._broken(request, exc) from exc
@@ -220,13 +224,14 @@ class Blocking(_Sockets):
             known = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         return known
 
-    def _run(self, steps: Waits[T]) -> T:
+    def _run(self, steps: Waits[T], more_s: float = 0.0) -> T:
+        wait_ms = self._patience_s(more_s) * 1000
         try:
             sock, events = next(steps)
             while True:
                 poller = select.poll()
                 poller.register(sock, events)
-                ready = poller.poll(self._wait_s * 1000)
+                ready = poller.poll(wait_ms)
                 if ready:
                     sock, events = steps.send(ready[0][1])
                 else:
@@ -251,7 +256,7 @@ class Awaited(_Sockets):
                 raise self._unreachable(request, exc) from exc
         try:
             steps = exchanged(connection, head, request, self._memory.take)
-            return self._ended(connection, await self._run(steps))
+            return self._ended(connection, await self._run(steps, request.wait_s))
         except (OSError, errors.TransportError) as exc:
             connection.close()
             raise self._broken(request, exc) from exc
@@ -269,12 +274,13 @@ class Awaited(_Sockets):
             known = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         return known
 
-    async def _run(self, steps: Waits[T]) -> T:
+    async def _run(self, steps: Waits[T], more_s: float = 0.0) -> T:
+        wait_s = self._patience_s(more_s)
         try:
             sock, events = next(steps)
             while True:
                 try:
-                    happened = await _happens(sock, events, self._wait_s)
+                    happened = await _happens(sock, events, wait_s)
                 except TimeoutError as exc:
                     sock, events = steps.throw(exc)
                 else:

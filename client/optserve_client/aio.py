@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from optserve_client import _arguments, _calls, _transport, wire
 from optserve_client._exchange import Retry, Sleep
 from optserve_client._protocol import Call, Lane, Lanes, perform
-from optserve_client._values import Json, Page, Params, StepResult
+from optserve_client._values import Json, Page, Params, StepResult, Weights
 from optserve_client.client import Client
 from optserve_client.session import Session
 
@@ -239,14 +239,38 @@ class AsyncSession:
             _calls.step(self.id, grads, params, none or (), fields, self._dtype)
         )
 
+    @overload
     async def params(
         self,
-        weights: Literal["live", "eval", "ema", "best"] = "live",
+        weights: Weights = "live",
         *,
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
-    ) -> Params:
-        return await self._client._run(_calls.params(self.id, weights, names, if_none_match))
+    ) -> Params: ...
+
+    @overload
+    async def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int,
+        wait_s: float | None = None,
+    ) -> Params | None: ...
+
+    async def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int | None = None,
+        wait_s: float | None = None,
+    ) -> Params | None:
+        return await self._client._run(
+            _calls.params(self.id, weights, names, if_none_match, min_version, wait_s)
+        )
 
     async def put_params(
         self,
