@@ -1,7 +1,7 @@
 """One request until it is answered: when it is sent again, and what is known when that ends.
 
 An operation is a generator. It yields :class:`Send`, :class:`Sleep` or :class:`Work`, is told what
-came of it, and returns the answer; ``client.py`` and ``aio.py`` only do what it asks.
+came of it, and returns the answer; ``client.py`` and ``aio_client.py`` only do what it asks.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from optserve_client.wire import Array, Tensor
 
 #: A JSON object.
 Json: TypeAlias = dict[str, Any]
+#: Which params are pulled.
+Weights: TypeAlias = Literal["live", "eval", "ema", "best"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

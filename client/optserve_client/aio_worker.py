@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 from optserve_client import _arguments
 from optserve_client._member import Member, OnStale
 from optserve_client._values import Json, Params, StepResult
-from optserve_client.aio import AsyncClient, AsyncSession, borrow_words
+from optserve_client.aio import AsyncSession, borrow_words
+from optserve_client.aio_client import AsyncClient
 from optserve_client.compress import Compressor
 from optserve_client.worker import Worker, log
 

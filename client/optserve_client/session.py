@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from optserve_client import _arguments, _calls, _worker_calls, wire
-from optserve_client._values import Json, Params, StepResult
+from optserve_client._values import Json, Params, StepResult, Weights
 from optserve_client.compress import Compressor
 
 if TYPE_CHECKING:
@@ -108,15 +108,45 @@ class Session:
             )
         )
 
+    @overload
     def params(
         self,
-        weights: Literal["live", "eval", "ema", "best"] = "live",
+        weights: Weights = "live",
         *,
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
-    ) -> Params:
-        """Return the params, or some of them; ``if_none_match`` itself if it is still current."""
-        return self._client._run(_calls.params(self.id, weights, names, if_none_match, None, None))
+    ) -> Params: ...
+
+    @overload
+    def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int,
+        wait_s: float | None = None,
+    ) -> Params | None: ...
+
+    def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int | None = None,
+        wait_s: float | None = None,
+    ) -> Params | None:
+        """Return the params, or some of them; ``if_none_match`` itself if it is still current.
+
+        With ``min_version``, once the session has that version or a later one; None if it has not:
+        also with ``if_none_match``, and earlier if the server begins to stop. The server waits for
+        it up to ``wait_s`` seconds (3600 at most; by default it answers at once), and the client's
+        ``timeout`` counts on top of that. It waits anew when the request is sent again.
+        """
+        return self._client._run(
+            _calls.params(self.id, weights, names, if_none_match, min_version, wait_s)
+        )
 
     def put_params(
         self,

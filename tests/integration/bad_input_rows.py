@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -151,8 +152,28 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "Content-Type must be application/json or application/vnd.safetensors, got 'text/plain'"),
     ("POST", f"{A}/step", with_headers(step(), content_type="application/json; charset=utf-16"),
         MEDIA_TYPE, "charset must be utf-8, got 'utf-16'"),
-    ("POST", f"{A}/step", with_headers(step(), content_encoding="gzip"), MEDIA_TYPE,
-        "Content-Encoding must be identity, got 'gzip'"),
+    ("POST", f"{A}/step", with_headers(step(), content_encoding="br"), MEDIA_TYPE,
+        "Content-Encoding must be zstd, gzip or identity, got 'br'"),
+    ("POST", f"{A}/step", with_headers(step(), content_encoding="gzip, zstd"), MEDIA_TYPE,
+        "Content-Encoding must be zstd, gzip or identity, got 'gzip, zstd'"),
+    ("POST", f"{A}/step", with_headers(step(), content_encoding="gzip"), MALFORMED,
+        "the body is no gzip stream: incorrect header check"),
+    ("POST", f"{A}/step", with_headers(raw(FRAME), content_encoding="zstd"), MALFORMED,
+        "the body is no zstd stream: Unable to decompress Zstandard data: Unknown frame "
+        "descriptor"),
+    ("PUT", NEW, with_headers(text(gzip.compress(b"{}")[:-1]), content_encoding="gzip"), MALFORMED,
+        "the body ended in the middle of its gzip stream"),
+    ("PATCH", A, with_headers(text(gzip.compress(b"{}") + b"{}"), content_encoding="gzip"),
+        MALFORMED, "after the end of its gzip stream the body goes on with something else: "
+        "incorrect header check"),
+    ("PUT", f"{A}/state", with_headers(raw(gzip.compress(FRAME)[:-8] + bytes(8)),
+        content_encoding="gzip"), MALFORMED,
+        "the body is no gzip stream: incorrect data check"),
+    ("POST", f"{A}/step",
+        with_headers(raw(gzip.compress(FRAME + b"xy")), content_encoding="x-gzip"), MALFORMED,
+        "the body goes on after the 156 bytes of its frame"),
+    ("POST", f"{A}/step", with_headers(text(gzip.compress(b'{"grads": 1}')),
+        content_encoding="gzip"), INVALID, "grads must be an object of named tensors, got 1"),
     ("PATCH", A, raw(FRAME), MEDIA_TYPE,
         "Content-Type must be application/json, got 'application/vnd.safetensors'"),
     ("PUT", f"{A}/scheduler", raw(FRAME), MEDIA_TYPE,
@@ -1007,7 +1028,21 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "unknown query parameter 'abandon'; there are epoch, seq, worker"),
     # queries
     ("GET", f"{A}/params?wieghts=ema", {}, INVALID,
-        "unknown query parameter 'wieghts'; there are dtype, encoding, names, weights"),
+        "unknown query parameter 'wieghts'; there are dtype, encoding, min_version, names, "
+        "version, wait_s, weights"),
+    ("GET", f"{A}/params?version=7", {}, VERSION,
+        "version 7 is asked for, the session's version is 19"),
+    ("GET", f"{A}/params?wait_s=1", {}, INVALID,
+        "wait_s needs min_version, the version to wait for"),
+    ("GET", f"{A}/params?min_version=9&wait_s=3601", {}, INVALID,
+        "query parameter wait_s: input should be less than or equal to 3600, got '3601'"),
+    ("GET", f"{A}/params?min_version=9&wait_s=60&weights=ema", {}, INVALID,
+        "weights=ema: the session keeps no EMA; create it with ema"),
+    ("GET", f"{A}/params?min_version=9&wait_s=60&names=z", {}, INVALID,
+        "names: the session has no parameter 'z'"),
+    ("GET", f"{A}/params?min_version=last", {}, INVALID,
+        "query parameter min_version: input should be a valid integer, unable to parse string as "
+        "an integer, got 'last'"),
     ("GET", f"{A}/params?weights=old", {}, INVALID,
         "query parameter weights: input should be 'live', 'eval', 'ema' or 'best', got 'old'"),
     ("GET", f"{A}/params?weights=ema", {}, INVALID,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
@@ -506,6 +507,56 @@ def test_a_body_of_many_chunks_goes_up_and_comes_back(client: Client) -> None:
     session.delete()
 
 
+#: Of a client that is made to wait: what the server may take to answer beyond that.
+IMPATIENT_S = 1.0
+
+
+@pytest.mark.parametrize("over", ["sockets", "httpx"])
+def test_params_can_be_waited_for_longer_than_for_anything_else(
+    client: Client, server: ServerProcess, over: str
+) -> None:
+    session = client.create("SGD", arrays(0), lr=0.1)
+    transport = httpx.HTTPTransport() if over == "httpx" else None
+    with Client(server.url, timeout=IMPATIENT_S, retries=0, transport=transport) as impatient:
+        mine = impatient.session(session.id)
+        assert mine.params(min_version=1) is None
+        assert mine.params(min_version=1, wait_s=1.5 * IMPATIENT_S) is None
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(mine.params, min_version=1, wait_s=60.0)
+            assert not wait([waiting], 1.5 * IMPATIENT_S).done
+            session.step(arrays(1), returns="none")
+            params = waiting.result(30)
+    assert params is not None
+    assert params.version == 1
+    np.testing.assert_array_equal(params["w"], session.params()["w"])
+    session.delete()
+
+
+@pytest.mark.parametrize("over", ["sockets", "httpx"])
+def test_the_awaited_client_waits_for_params_as_well(
+    client: Client, server: ServerProcess, over: str
+) -> None:
+    session = client.create("SGD", arrays(0), lr=0.1)
+
+    async def run() -> None:
+        transport = httpx.AsyncHTTPTransport() if over == "httpx" else None
+        async with AsyncClient(
+            server.url, timeout=IMPATIENT_S, retries=0, transport=transport
+        ) as impatient:
+            mine = impatient.session(session.id)
+            assert await mine.params(min_version=1, wait_s=1.5 * IMPATIENT_S) is None
+            pulls = [mine.params(min_version=1, wait_s=60.0) for _ in range(9)]
+            waiting = [asyncio.create_task(pull) for pull in pulls]
+            assert not (await asyncio.wait(waiting, timeout=1.5 * IMPATIENT_S))[0]
+            await asyncio.to_thread(session.step, arrays(1), returns="none")
+            for params in await asyncio.gather(*waiting):
+                assert params is not None
+                assert params.version == 1
+
+    asyncio.run(run())
+    session.delete()
+
+
 def test_the_awaited_client_trains_the_same(server: ServerProcess) -> None:
     local = Local(torch.optim.SGD, arrays(0), lr=0.1, momentum=0.9, fused=True)
     w = np.random.default_rng(0).standard_normal(600_000).astype(np.float32)
@@ -526,3 +577,45 @@ def test_the_awaited_client_trains_the_same(server: ServerProcess) -> None:
     for i in range(1, 6):
         local.step(arrays(i))
     local.check(asyncio.run(run()))
+
+
+# Content codings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+@pytest.mark.parametrize("over", ["sockets", "httpx"])
+def test_a_client_that_compresses_gets_the_same_numbers(
+    server: ServerProcess, client: Client, encoding: Any, over: str
+) -> None:
+    size, name = 300_000, f"coded-{encoding}-{over}"
+    grad = np.random.default_rng(0).integers(-3, 4, size).astype(np.float32)
+    transport = httpx.HTTPTransport() if over == "httpx" else None
+    with Client(server.url, encoding=encoding, transport=transport) as coded:
+        one = coded.create("Adam", {"w": np.zeros(size, np.float32)}, id=name)
+        two = client.create("Adam", {"w": np.zeros(size, np.float32)}, id=f"{name}-plain")
+        for _ in range(3):
+            got, want = (session.step({"w": grad}).params for session in (one, two))
+            assert got is not None
+            assert want is not None
+            np.testing.assert_array_equal(got["w"], want["w"])
+        pulled = one.params()
+        assert one.params(if_none_match=pulled) is pulled
+        one.put_params({"w": np.zeros(size, np.float32)}, if_match=pulled)
+        with pytest.raises(errors.PreconditionFailed):
+            one.put_params({"w": np.zeros(size, np.float32)}, if_match=pulled)
+        frame = one.export_state()
+        again = coded.import_session(frame, id=f"{name}-again")
+        np.testing.assert_array_equal(again.params()["w"], one.params()["w"])
+        for session in (one, two, again):
+            session.delete()
+
+
+def test_an_awaited_client_that_compresses_gets_the_same_numbers(server: ServerProcess) -> None:
+    async def run() -> Any:
+        async with AsyncClient(server.url, encoding="zstd") as client:
+            session = await client.create("SGD", {"w": np.zeros(100_000, np.float32)}, lr=1.0)
+            result = await session.step({"w": np.ones(100_000, np.float32)})
+            await session.delete()
+            return result.params
+
+    assert set(asyncio.run(run())["w"].tolist()) == {-1.0}

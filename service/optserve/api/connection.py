@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -35,6 +35,8 @@ EXTENSION = "optserve.connection"
 #: Type of the message that is a whole answer: ``status``, ``headers``, ``parts``, and ``silence_s``
 #: in which nobody takes anything of it before it is given up.
 REPLY = "optserve.reply"
+#: Key of the scope of a HEAD request, which routes take for GET: nobody gets a body.
+HEADERS_ONLY = "optserve.headers_only"
 #: Of a body that is thrown away.
 WASTE_BYTES = 2**18
 #: Answers up to this size are one write.
@@ -45,6 +47,14 @@ UNBROKEN_BYTES = 8 * 2**20
 
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol, whose requests come with an :class:`Exchange`."""
+
+    #: Called if the client goes away.
+    tell_gone: Callable[[], object] | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.tell_gone is not None:
+            self.tell_gone()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         super()._start_asgi_task(cycle, cast(Any, Exchange(self, cycle, app)))
@@ -130,7 +140,32 @@ class Exchange:
         self._connection.body_was_read()
         lent.hand_back()
 
+    # --- the client ------------------------------------------------------------------------------
+
+    def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have ``tell`` called when the client goes away; return what takes that back."""
+        if self._cycle.disconnected:
+            tell()
+        else:
+            self._cycle.flow.resume_reading()  # who does not read does not see the end
+            self._connection.tell_gone = tell
+        return self._forget
+
+    def _forget(self) -> None:
+        self._connection.tell_gone = None
+
     # --- the answer ------------------------------------------------------------------------------
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody is there any more to take an answer."""
+        return self._cycle.disconnected
+
+    def give_up(self, why: str) -> None:
+        """Close the connection, because nobody takes the answer."""
+        log.debug("nobody took the answer", path=self._cycle.scope["path"], why=why)
+        self._cycle.disconnected = True
+        self._connection.transport.abort()
 
     async def send(self, message: Message) -> None:
         if message["type"] != REPLY:
@@ -176,9 +211,7 @@ class Exchange:
                 else:
                     await self._write_copies(whole, deadline, silence_s)
         except (OSError, TimeoutError) as exc:
-            log.debug("nobody took the answer", path=self._cycle.scope["path"], why=repr(exc))
-            self._cycle.disconnected = True
-            transport.abort()
+            self.give_up(repr(exc))
 
     async def _write_copies(
         self, parts: Sequence[Part], deadline: asyncio.Timeout, silence_s: float

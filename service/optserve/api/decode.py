@@ -33,7 +33,7 @@ _VISIBLE = re.compile(r"[\x21-\x7e]+")
 # --- who sent it ---------------------------------------------------------------------------------
 
 
-def read_claim(
+async def read_claim(
     worker: Annotated[
         str | None,
         Query(description="Who sends this; also as a field of a JSON object body."),

@@ -14,7 +14,7 @@ from optserve.api.one_call import first_use
 from optserve.api.openapi import BINARY, KEY_PARAMETER, operation
 from optserve.api.replies import encode_reply
 from optserve.api.routing import Direct, SessionId, any_media, router, session_of
-from optserve.api.waiting import done, loaded, off_loop
+from optserve.api.waiting import done, loaded, off_loop, until
 from optserve.sessions.identity import Identity
 from optserve.sessions.reply import Pending, Reply
 from optserve.sessions.session import Session
@@ -114,15 +114,12 @@ async def stepped(request: Request, session: Session, step: Step, key: str | Non
 
 async def closed(request: Request, reply: Reply, pending: Pending) -> Reply:
     """Return the reply at the end of the round, or ``reply`` if that takes too long."""
-    if pending.future.done():
-        return pending.future.result()
     try:
-        if pending.wait_s > 0:
-            return await asyncio.wait_for(asyncio.wrap_future(pending.future), pending.wait_s)
-    except TimeoutError:
-        pass
-    pending.future.cancel()
-    return reply
+        if await until(pending.future, pending.wait_s, request):
+            return pending.future.result()
+        return reply
+    finally:
+        pending.future.cancel()
 
 
 async def decode_step(request: Request, session: Session) -> Step:

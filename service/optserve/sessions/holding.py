@@ -22,6 +22,7 @@ from optserve.sessions.snapshots import Snapshots
 from optserve.sessions.state import SessionState, expected_of
 from optserve.sessions.step import Expected
 from optserve.sessions.turn import Executor
+from optserve.sessions.watching import Watching
 from optserve.sessions.weights import publish
 from optserve.store.base import SessionRow, Store
 from optserve_client.errors import SessionNotFound
@@ -60,7 +61,7 @@ class Shape:
 class Holding:
     """The state of one session, or none, and what is known of it all the same.
 
-    Everything but ``row`` and ``shape`` is used under the session's turn.
+    Everything but ``row``, ``shape`` and ``watching`` is used under the session's turn.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Holding:
     ) -> None:
         """``state`` None: it is read back at first use; ``owner_epoch`` None: claimed then."""
         self.row = row
+        #: Who waits for a later version than that of ``row``.
+        self.watching = Watching()
         #: None: the session was never read back by this process.
         self.shape: Shape | None = None
         #: Several workers push into the session; it collects their pushes in rounds. Known with
@@ -184,6 +187,7 @@ class Holding:
             about=describe.about(state, self._nbytes),
             durability=state.config["durability"],
         )
+        self.watching.shown(state.version)
 
     def publish(self, state: SessionState, weights: str) -> Published:
         """Return weights; live ones are shared by all who want them at this version."""

@@ -75,6 +75,8 @@ class Session:
         self._gathering = Gathering(
             self._held, self._committer, self._turn, home.alarms, self._loaded
         )
+        #: Who waits for a later :attr:`version`, or for the end of the session.
+        self.watching = self._held.watching
 
     @property
     def id(self) -> str:
@@ -342,6 +344,7 @@ class Session:
     def close(self) -> None:
         """The session is gone: whoever waits for it finds nothing."""
         self.closed = True
+        self.watching.close()
         self._gathering.end(SessionNotFound(f"session {self.id!r} was deleted"))
 
     # --- memory ----------------------------------------------------------------------------------
