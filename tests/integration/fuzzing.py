@@ -90,6 +90,36 @@ SESSIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"grads": {"e": ROWS}},
     ),
+    "rounds": (
+        {
+            "optimizer": {"name": "SGD", "lr": 0.1},
+            "params": PARAMS,
+            # Spoilt ones that wait for more end soon.
+            "workers": {"mode": "sync", "count": 1, "deadline_s": 0.2, "reduce": "weighted_mean"},
+        },
+        {
+            "grads": GRADS,
+            "worker": "w",
+            "epoch": 1,
+            "seq": 1,
+            "base_version": 0,
+            "weight": 2.0,
+            "wait_s": 0,
+        },
+    ),
+    "async": (
+        {
+            "optimizer": {"name": "SGD", "lr": 0.1},
+            "params": PARAMS,
+            "workers": {
+                "mode": "async",
+                "max_staleness": 1,
+                "on_stale": "damp",
+                "push": "deltas",
+            },
+        },
+        {"deltas": GRADS, "base_version": 0},
+    ),
 }
 
 
@@ -162,14 +192,15 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
 
     for name, (create, step) in SESSIONS.items():
         url = f"/v1/sessions/{prefix}{name}"
-        grads, rest = step["grads"], {k: v for k, v in step.items() if k != "grads"}
+        kind = "deltas" if "deltas" in step else "grads"
+        grads, rest = step[kind], {k: v for k, v in step.items() if k != kind}
         if name == "rows":
             tensors = {
                 "sparse/e/indices": np.array(ROWS["indices"], "<i8"),
                 "sparse/e/values": np.array(ROWS["values"], "<f4"),
             }
         else:
-            tensors = f32("grad", grads)
+            tensors = f32(kind.removesuffix("s"), grads)
         add("PUT", f"{url}-new", create)
         add("POST", f"{url}/step", step)
         add("POST", f"{url}/step", frame(tensors, rest), accept=SAFETENSORS)
@@ -214,6 +245,15 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     add("DELETE", f"{plain}-imported", query="worker=a&epoch=1&seq=1")
     for spec in SCHEDULERS:
         add("PUT", f"{rich}/scheduler", spec)
+    rounds = f"/v1/sessions/{prefix}rounds"
+    for url in (plain, rounds):
+        add("POST", f"{url}/workers", {"name": "step_lr"}, idempotency_key="k-2")
+        add("GET", f"{url}/workers")
+        add("DELETE", f"{url}/workers/step_lr", query="worker=q&epoch=1&seq=1")
+    add("DELETE", f"{rounds}/workers/w")
+    workers = {"mode": "sync", "count": 2, "quorum": 1, "reduce": "trimmed_mean", "trim": 0.2}
+    for how in (workers, {"mode": "async", "max_staleness": 0}, None):
+        add("PATCH", rounds, {"workers": how})
     fields = {"optimizer": "Adam", "order": ["b", "w"]}
     add("PUT", f"{plain}-new", frame(f32("param", PARAMS), fields))
     one_call = {"id": f"{prefix}plain-new", "optimizer": "RMSprop", **PARAMS_AND_GRADS}
