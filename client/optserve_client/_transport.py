@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Nothing is compressed: tensors hardly shrink, and a known length is read into one buffer.
+#: Nothing is compressed unless the caller wants it: tensors hardly shrink, and what has a known
+#: length is read into one buffer.
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "optserve-client"}
 #: The longest that poll and event loops can wait; three weeks.
 _LONGEST_S = 2e6
@@ -67,9 +68,15 @@ def blocking(
     timeout_s: float,
     headers: Mapping[str, str] | None,
     transport: httpx.BaseTransport | None,
+    encoding: str | None = None,
 ) -> Transport:
     """Return what moves the bytes of a client with these arguments. Nothing is sent yet."""
     check_url(url, transport)
+    if encoding is not None:
+        from optserve_client._codings import Coded, Coding
+
+        coding, asked = Coding(encoding), {"Accept-Encoding": encoding, **(headers or {})}
+        return Coded(blocking(url, timeout_s, asked, transport), coding)
     sent = {**_HEADERS, **(headers or {})}
     if transport is None and _plain(url):
         return Blocking(url, timeout_s, sent)
@@ -84,9 +91,15 @@ def awaited(
     timeout_s: float,
     headers: Mapping[str, str] | None,
     transport: httpx.AsyncBaseTransport | None,
+    encoding: str | None = None,
 ) -> AsyncTransport:
     """Return what :func:`blocking` does, to be awaited."""
     check_url(url, transport)
+    if encoding is not None:
+        from optserve_client._codings import AwaitedCoded, Coding
+
+        coding, asked = Coding(encoding), {"Accept-Encoding": encoding, **(headers or {})}
+        return AwaitedCoded(awaited(url, timeout_s, asked, transport), coding)
     sent = {**_HEADERS, **(headers or {})}
     if transport is None and _plain(url):
         return Awaited(url, timeout_s, sent)

@@ -33,11 +33,12 @@ class AsyncClient:
         worker: str | None = None,
         epoch: int = 1,
         headers: Mapping[str, str] | None = None,
+        encoding: Literal["gzip", "zstd"] | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, asyncio.Lock)
-        self._transport = _transport.awaited(url, timeout, headers, transport)
+        self._transport = _transport.awaited(url, timeout, headers, transport, encoding)
         self._server = _transport.place(url, transport)
 
     @property

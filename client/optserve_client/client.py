@@ -44,6 +44,7 @@ class Client:
         worker: str | None = None,
         epoch: int = 1,
         headers: Mapping[str, str] | None = None,
+        encoding: Literal["gzip", "zstd"] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Nothing is sent yet.
@@ -57,12 +58,14 @@ class Client:
                 meets its own old numbers. One that names its worker does: see Session.resume.
             epoch: Of that worker.
             headers: Sent with every request.
+            encoding: Compress large requests, and let the server compress its answers. For slow
+                networks and what shrinks; zstd needs the extra ``optserve-client[zstd]``.
             transport: An httpx transport to go through. Without one, ``http://`` goes over plain
                 sockets, which is faster, and ``https://`` or a proxy over httpx.
         """
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, threading.Lock)
-        self._transport = _transport.blocking(url, timeout, headers, transport)
+        self._transport = _transport.blocking(url, timeout, headers, transport, encoding)
         self._server = _transport.place(url, transport)
 
     @property

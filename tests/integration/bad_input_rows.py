@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -132,8 +133,28 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "Content-Type must be application/json or application/vnd.safetensors, got 'text/plain'"),
     ("POST", f"{A}/step", with_headers(step(), content_type="application/json; charset=utf-16"),
         MEDIA_TYPE, "charset must be utf-8, got 'utf-16'"),
-    ("POST", f"{A}/step", with_headers(step(), content_encoding="gzip"), MEDIA_TYPE,
-        "Content-Encoding must be identity, got 'gzip'"),
+    ("POST", f"{A}/step", with_headers(step(), content_encoding="br"), MEDIA_TYPE,
+        "Content-Encoding must be zstd, gzip or identity, got 'br'"),
+    ("POST", f"{A}/step", with_headers(step(), content_encoding="gzip, zstd"), MEDIA_TYPE,
+        "Content-Encoding must be zstd, gzip or identity, got 'gzip, zstd'"),
+    ("POST", f"{A}/step", with_headers(step(), content_encoding="gzip"), MALFORMED,
+        "the body is no gzip stream: incorrect header check"),
+    ("POST", f"{A}/step", with_headers(raw(FRAME), content_encoding="zstd"), MALFORMED,
+        "the body is no zstd stream: Unable to decompress Zstandard data: Unknown frame "
+        "descriptor"),
+    ("PUT", NEW, with_headers(text(gzip.compress(b"{}")[:-1]), content_encoding="gzip"), MALFORMED,
+        "the body ended in the middle of its gzip stream"),
+    ("PATCH", A, with_headers(text(gzip.compress(b"{}") + b"{}"), content_encoding="gzip"),
+        MALFORMED, "after the end of its gzip stream the body goes on with something else: "
+        "incorrect header check"),
+    ("PUT", f"{A}/state", with_headers(raw(gzip.compress(FRAME)[:-8] + bytes(8)),
+        content_encoding="gzip"), MALFORMED,
+        "the body is no gzip stream: incorrect data check"),
+    ("POST", f"{A}/step",
+        with_headers(raw(gzip.compress(FRAME + b"xy")), content_encoding="x-gzip"), MALFORMED,
+        "the body goes on after the 156 bytes of its frame"),
+    ("POST", f"{A}/step", with_headers(text(gzip.compress(b'{"grads": 1}')),
+        content_encoding="gzip"), INVALID, "grads must be an object of named tensors, got 1"),
     ("PATCH", A, raw(FRAME), MEDIA_TYPE,
         "Content-Type must be application/json, got 'application/vnd.safetensors'"),
     ("PUT", f"{A}/scheduler", raw(FRAME), MEDIA_TYPE,

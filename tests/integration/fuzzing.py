@@ -4,6 +4,7 @@ sends."""
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from optserve.api.codings import zstd
 from optserve_client import wire
 from optserve_client.wire import META_KEY, SAFETENSORS
 
@@ -102,11 +104,18 @@ class Sent:
     #: JSON to be written, or bytes that are sent as they are; None: no body.
     body: Any = None
     media: str = JSON
+    #: ``gzip`` or ``zstd``: the body goes out in it, with this bit of it flipped.
+    coding: str | None = None
+    flip: int | None = None
 
     def content(self) -> bytes:
-        if self.body is None or isinstance(self.body, bytes):
-            return self.body or b""
-        return write(self.body)
+        plain = self.body or b"" if isinstance(self.body, bytes | None) else write(self.body)
+        if self.coding is None:
+            return plain
+        coded = bytearray(gzip.compress(plain) if self.coding == "gzip" else zstd.compress(plain))
+        if self.flip is not None:
+            coded[self.flip // 8 % len(coded)] ^= 1 << self.flip % 8
+        return bytes(coded)
 
     def raw(self) -> bytes:
         """Return the request as it goes over the wire."""
@@ -118,6 +127,8 @@ class Sent:
             headers.insert(0, ("Host", "localhost"))
         if self.body is not None and "content-type" not in named:
             headers.append(("Content-Type", self.media))
+        if self.coding is not None:
+            headers.append(("Content-Encoding", self.coding))
         if self.body is not None or self.method != "GET":
             headers.append(("Content-Length", str(len(content))))
         lines = [f"{self.method} {target} HTTP/1.1", *(f"{n}: {v}" for n, v in headers), "", ""]
@@ -187,6 +198,7 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     base64 = {n: wire.tensor_to_json(np.array(v, "<f4"), "base64") for n, v in GRADS.items()}
     add("POST", f"{plain}/step", {"grads": base64, "return_encoding": "base64"})
     add("POST", f"{plain}/step", frame(COMPRESSED, {"int8_block": 1}))
+    made.append(replace(made[-1], coding="gzip"))
     add("PUT", f"{plain}/params", frame(f32("param", PARAMS), {"abandon": False}))
     add("PUT", f"{plain}/metrics", {"version": 1, "metrics": {"acc": 0.5}})
     add("POST", f"{plain}/groups", {"params": {"new": [1.0]}, "lr": 0.5})
@@ -204,6 +216,7 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     add("POST", "/v1/schedulers/preview", PREVIEW)
     add("POST", "/v1/sessions", SESSIONS["plain"][0], **KEY)
     add("GET", "/v1/sessions", query="limit=3&tag=a:b&order_by=-name")
+    made.append(replace(made[-2], coding="zstd", headers=(("Accept-Encoding", "gzip"),)))
     for path in PAGES:
         add("GET", path)
     return made
@@ -371,7 +384,7 @@ HEADER_VALUES = [
     *("", "*/*", JSON, SAFETENSORS, "text/html", "text/csv", "application/json; charset=utf-16"),
     *(f"{JSON};q=0, {SAFETENSORS};q=nan", "a" * 300, '"', '""', "*", 'W/"x"', '"a", "b"', "["),
     *("[::1", "a:99999999", "gzip", "identity", "100-continue", "h2c", "websocket", "\xff\xfe"),
-    *("a b", "bytes=0-1", "k-1", "text/csv;q=x", ","),
+    *("zstd", "br, gzip;q=0.5", "*;q=0", "a b", "bytes=0-1", "k-1", "text/csv;q=x", ","),
 ]
 QUERY = [
     *("worker", "epoch", "seq", "abandon", "weights", "names", "encoding", "dtype", "after"),
@@ -415,6 +428,8 @@ def spoilt(draw: Draw, sent: Sent) -> Sent:
             return replace(sent, path=spoil_path(draw, sent.path))
         case "method":
             return replace(sent, method=draw(st.sampled_from(METHODS)))
+    if sent.coding is not None and draw(st.booleans()):
+        return replace(sent, flip=draw(st.integers(0, 2**14)))
     if isinstance(sent.body, bytes):
         return replace(sent, body=spoil_frame(draw, sent.body))
     body = sent.body

@@ -299,9 +299,9 @@ def test_a_client_that_goes_away_is_no_error(
             "charset must be utf-8, got 'latin-1'",
         ),
         (
-            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+            {"Content-Type": "application/json", "Content-Encoding": "br"},
             415,
-            "Content-Encoding must be identity, got 'gzip'",
+            "Content-Encoding must be zstd, gzip or identity, got 'br'",
         ),
         ({"Content-Type": 'application/JSON; charset="UTF-8"'}, 200, ""),
         ({"Content-Type": "application/json", "Content-Encoding": "identity"}, 200, ""),

@@ -89,10 +89,10 @@ ROWS = [
     Bad(
         "POST",
         f"{S}/step",
-        {"content": b"{}", "headers": {**JSON, "content-encoding": "gzip"}},
+        {"content": b"{}", "headers": {**JSON, "content-encoding": "br"}},
         415,
         "unsupported_media_type",
-        "Content-Encoding must be identity, got 'gzip'",
+        "Content-Encoding must be zstd, gzip or identity, got 'br'",
     ),
     Bad(
         "POST",

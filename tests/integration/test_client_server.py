@@ -526,3 +526,45 @@ def test_the_awaited_client_trains_the_same(server: ServerProcess) -> None:
     for i in range(1, 6):
         local.step(arrays(i))
     local.check(asyncio.run(run()))
+
+
+# Content codings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+@pytest.mark.parametrize("over", ["sockets", "httpx"])
+def test_a_client_that_compresses_gets_the_same_numbers(
+    server: ServerProcess, client: Client, encoding: Any, over: str
+) -> None:
+    size, name = 300_000, f"coded-{encoding}-{over}"
+    grad = np.random.default_rng(0).integers(-3, 4, size).astype(np.float32)
+    transport = httpx.HTTPTransport() if over == "httpx" else None
+    with Client(server.url, encoding=encoding, transport=transport) as coded:
+        one = coded.create("Adam", {"w": np.zeros(size, np.float32)}, id=name)
+        two = client.create("Adam", {"w": np.zeros(size, np.float32)}, id=f"{name}-plain")
+        for _ in range(3):
+            got, want = (session.step({"w": grad}).params for session in (one, two))
+            assert got is not None
+            assert want is not None
+            np.testing.assert_array_equal(got["w"], want["w"])
+        pulled = one.params()
+        assert one.params(if_none_match=pulled) is pulled
+        one.put_params({"w": np.zeros(size, np.float32)}, if_match=pulled)
+        with pytest.raises(errors.PreconditionFailed):
+            one.put_params({"w": np.zeros(size, np.float32)}, if_match=pulled)
+        frame = one.export_state()
+        again = coded.import_session(frame, id=f"{name}-again")
+        np.testing.assert_array_equal(again.params()["w"], one.params()["w"])
+        for session in (one, two, again):
+            session.delete()
+
+
+def test_an_awaited_client_that_compresses_gets_the_same_numbers(server: ServerProcess) -> None:
+    async def run() -> Any:
+        async with AsyncClient(server.url, encoding="zstd") as client:
+            session = await client.create("SGD", {"w": np.zeros(100_000, np.float32)}, lr=1.0)
+            result = await session.step({"w": np.ones(100_000, np.float32)})
+            await session.delete()
+            return result.params
+
+    assert set(asyncio.run(run())["w"].tolist()) == {-1.0}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "fastapi", "starlette", "pydantic", "optserve", "sqlalchemy")
+HEAVY = ("torch", "fastapi", "starlette", "pydantic", "optserve", "sqlalchemy", "backports")
 
 
 def loaded_after(code: str) -> set[str]:

@@ -36,6 +36,8 @@ ONLY = {
 }
 #: What the client needs besides the standard library.
 CLIENT_MAY = {"numpy", "httpx"}
+#: What it needs for one thing, in the one file that does it. Python 3.14 has ``compression``.
+OPTIONAL = {"torch.py": {"torch"}, "_zstd.py": {"backports", "compression"}}
 
 
 def imports(path: Path, package: str) -> Iterator[tuple[int, str]]:
@@ -90,8 +92,7 @@ def test_a_module_of_the_service_imports_only_what_its_layer_may(path: Path, pac
 @pytest.mark.parametrize("path", [path for path, _ in modules(CLIENT)], ids=lambda path: path.stem)
 def test_the_client_imports_numpy_and_httpx_and_never_the_service(path: Path) -> None:
     allowed = CLIENT_MAY | set(sys.stdlib_module_names) | {"optserve_client"}
-    if path.name == "torch.py":
-        allowed |= {"torch"}
+    allowed |= OPTIONAL.get(path.name, set())
     foreign = {
         name for _, name in imports(path, "optserve_client") if name.split(".")[0] not in allowed
     }

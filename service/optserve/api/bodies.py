@@ -9,9 +9,12 @@ from typing import Literal
 
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Scope
 
+from optserve.api.codings import Decoding, request_coding
 from optserve.api.connection import EXTENSION, Exchange
-from optserve.api.streams import Pace, Sink
+from optserve.api.streams import READ_BYTES, Pace, Sink
+from optserve.api.waiting import OFF_LOOP_BYTES
 from optserve.settings import Settings
 from optserve_client.errors import Malformed, TooLarge, UnsupportedMediaType
 from optserve_client.wire import SAFETENSORS, BytesLike
@@ -19,6 +22,10 @@ from optserve_client.wire import SAFETENSORS, BytesLike
 JSON = "application/json"
 Kind = Literal["json", "safetensors"]
 
+#: What is decompressed on the event loop, of a chunk.
+AT_ONCE_BYTES = 2**18
+#: By which a compressed body may be larger than what is in it, beside an eighth.
+SLACK_BYTES = 2**16
 #: What is left of a body must be more than this for the connection to be lent to it.
 LENT_BYTES = 64 * 1024
 
@@ -32,12 +39,17 @@ def settings_of(request: Request) -> Settings:
 
 def headers_of(request: Request) -> dict[str, str]:
     """Return the headers by name, in lower case; of those that are repeated, the first."""
-    found: dict[str, str] | None = request.scope.get("optserve.headers")
+    return headers_in(request.scope)
+
+
+def headers_in(scope: Scope) -> dict[str, str]:
+    """Return what :func:`headers_of` does, of a request's scope."""
+    found: dict[str, str] | None = scope.get("optserve.headers")
     if found is None:
         found = {}
-        for name, value in request.scope["headers"]:
+        for name, value in scope["headers"]:
             found.setdefault(name.decode("latin-1"), value.decode("latin-1"))
-        request.scope["optserve.headers"] = found
+        scope["optserve.headers"] = found
     return found
 
 
@@ -57,9 +69,7 @@ def body_kind(
 ) -> Kind | None:
     """Return which of ``accepted`` the body is, by its Content-Type; None if there is no body."""
     headers = headers_of(request)
-    coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
-        raise UnsupportedMediaType(f"Content-Encoding must be identity, got {coding[:40]!r}")
+    request_coding(headers.get("content-encoding"))
     if content_length(request) == 0:
         return None
     types = " or ".join(media for media, kind in _KINDS.items() if kind in accepted)
@@ -84,18 +94,22 @@ def _check_charset(parameters: str) -> None:
 
 
 class Body:
-    """The bytes of one request body, under a limit and under deadlines."""
+    """The bytes of one request body, decompressed, under a limit and under deadlines."""
 
     def __init__(self, request: Request, limit_bytes: int) -> None:
         self._request = request
-        self._limit = limit_bytes
+        coding = request_coding(headers_of(request).get("content-encoding"))
+        self._decoding = None if coding is None else Decoding(coding, limit_bytes)
+        # What does not shrink grows a little; but a stream of empty blocks must end somewhere.
+        self._limit = limit_bytes if coding is None else limit_bytes * 9 // 8 + SLACK_BYTES
         #: As announced; None for a chunked body.
         self.length = content_length(request)
-        if self.length is not None and self.length > limit_bytes:
+        if self.length is not None and self.length > self._limit:
+            what = "the body" if coding is None else "the compressed body"
             raise TooLarge(
-                f"the body has {self.length} bytes, the limit is {limit_bytes}",
+                f"{what} has {self.length} bytes, the limit is {self._limit}",
                 length=self.length,
-                limit=limit_bytes,
+                limit=self._limit,
             )
         settings = settings_of(request)
         self._pace = Pace(settings.body_timeout_s, settings.body_min_rate_bytes_s)
@@ -106,11 +120,22 @@ class Body:
     async def chunks(self) -> AsyncIterator[bytes | bytearray]:
         """Yield the body as it arrives; raise what it deserves when it is too long or too slow."""
         while (chunk := await self._more()) is not None:
-            if chunk:
+            if not chunk:
+                continue
+            if self._decoding is None:
                 yield chunk
+                continue
+            async for piece in _decoded(self._decoding, chunk):
+                yield piece
+        if self._decoding is not None:
+            self._decoding.finish()
 
     async def into(self, sink: Sink) -> None:
         """Have the body written into ``sink``, without a copy where the connection can do that."""
+        if self._decoding is not None:
+            async for piece in self.chunks():
+                sink.feed(piece)
+            return
         while (chunk := await self._more()) is not None:
             sink.feed(chunk)
             if self.length is None or self._connection is None:
@@ -144,8 +169,9 @@ class Body:
     def _counted(self, chunk: bytes | bytearray) -> bytes | bytearray:
         self._received += len(chunk)
         if self._received > self._limit:
+            what = "the body" if self._decoding is None else "the compressed body"
             raise TooLarge(
-                f"the body has more than {self._limit} bytes, which is the limit",
+                f"{what} has more than {self._limit} bytes, which is the limit",
                 limit=self._limit,
             )
         return chunk
@@ -155,10 +181,10 @@ class Body:
 
         Memory is set aside for what arrives: an announced length costs its sender nothing.
         """
-        if self.length is None:
-            blocks = Blocks()
-            await self.into(blocks)
-            return blocks.joined()
+        if self.length is None or self._decoding is not None:
+            growing = Growing()
+            await self.into(growing)
+            return growing.whole
         sink = Announced(self.length)
         await self.into(sink)
         if sink.nbytes != self.length:
@@ -166,6 +192,16 @@ class Body:
             how = "goes on after the announced" if beyond else f"ends after {sink.nbytes} of"
             raise Malformed(f"the body {how} {self.length} bytes")
         return sink.whole
+
+
+async def _decoded(decoding: Decoding, chunk: bytes | bytearray) -> AsyncIterator[bytes]:
+    """Yield what ``chunk`` brings: a small beginning of it at once, the rest from a thread."""
+    decoding.give(chunk)
+    if len(chunk) <= OFF_LOOP_BYTES and (piece := decoding.step(AT_ONCE_BYTES)):
+        yield piece
+    while not decoding.idle:
+        if piece := await asyncio.to_thread(decoding.take, READ_BYTES):
+            yield piece
 
 
 class Announced:
@@ -198,22 +234,18 @@ class Announced:
         return self._block
 
 
-class Blocks:
+class Growing:
     """A sink of any length."""
 
     def __init__(self) -> None:
-        self._blocks: list[BytesLike] = []
+        #: What has arrived.
+        self.whole = bytearray()
 
     def feed(self, chunk: BytesLike) -> None:
-        if chunk:
-            self._blocks.append(chunk)
+        self.whole += chunk
 
     def room(self) -> None:
         """There is none set aside."""
 
     def filled(self, nbytes: int) -> None:
         raise AssertionError("there was no room")
-
-    def joined(self) -> bytes:
-        """Return everything."""
-        return b"".join(self._blocks)

@@ -35,6 +35,8 @@ EXTENSION = "optserve.connection"
 #: Type of the message that is a whole answer: ``status``, ``headers``, ``parts``, and ``silence_s``
 #: in which nobody takes anything of it before it is given up.
 REPLY = "optserve.reply"
+#: Key of the scope of a HEAD request, which routes take for GET: nobody gets a body.
+HEADERS_ONLY = "optserve.headers_only"
 #: Of a body that is thrown away.
 WASTE_BYTES = 2**18
 #: Answers up to this size are one write.
@@ -132,6 +134,17 @@ class Exchange:
 
     # --- the answer ------------------------------------------------------------------------------
 
+    @property
+    def gone(self) -> bool:
+        """Whether nobody is there any more to take an answer."""
+        return self._cycle.disconnected
+
+    def give_up(self, why: str) -> None:
+        """Close the connection, because nobody takes the answer."""
+        log.debug("nobody took the answer", path=self._cycle.scope["path"], why=why)
+        self._cycle.disconnected = True
+        self._connection.transport.abort()
+
     async def send(self, message: Message) -> None:
         if message["type"] != REPLY:
             await self._cycle.send(cast(Any, message))
@@ -176,9 +189,7 @@ class Exchange:
                 else:
                     await self._write_copies(whole, deadline, silence_s)
         except (OSError, TimeoutError) as exc:
-            log.debug("nobody took the answer", path=self._cycle.scope["path"], why=repr(exc))
-            self._cycle.disconnected = True
-            transport.abort()
+            self.give_up(repr(exc))
 
     async def _write_copies(
         self, parts: Sequence[Part], deadline: asyncio.Timeout, silence_s: float

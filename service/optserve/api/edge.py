@@ -8,7 +8,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from optserve.api.connection import EXTENSION, REPLY, Exchange
+from optserve.api.connection import EXTENSION, HEADERS_ONLY, REPLY, Exchange
 from optserve.api.draining import Drain
 from optserve.api.problems import problem_response
 from optserve_client.errors import Unavailable
@@ -37,7 +37,7 @@ class Edge:
             return
         exchange = _Exchange(scope, receive, send)
         if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
+            scope = {**scope, "method": "GET", HEADERS_ONLY: True}
         try:
             with self.drain.change(scope["method"]):
                 await self.app(scope, exchange.receive, exchange.send)

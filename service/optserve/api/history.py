@@ -14,7 +14,7 @@ from starlette.responses import Response
 from optserve.api.decode import Claim, read_request
 from optserve.api.negotiation import negotiate
 from optserve.api.openapi import operation
-from optserve.api.replies import JSON, dump, encode_reply, finite, json_response
+from optserve.api.replies import JSON, PartsResponse, dump, encode_reply, finite, json_response
 from optserve.api.routing import Media, SessionId, router, session_of
 from optserve.api.waiting import done
 from optserve.sessions.fields import Fields, Metrics
@@ -56,9 +56,10 @@ async def get_history(
     session = session_of(request, session_id)
     rows = await asyncio.to_thread(session.history, after, limit)
     if media == NDJSON:
-        return Response(b"".join(dump(finite(row)) + b"\n" for row in rows), media_type=NDJSON)
+        lines = b"".join(dump(finite(row)) + b"\n" for row in rows)
+        return PartsResponse([lines], media_type=NDJSON)
     if media == CSV:
-        return Response(table(rows), media_type=CSV)
+        return PartsResponse([table(rows).encode()], media_type=f"{CSV}; charset=utf-8")
     last = rows[-1]["version"] if len(rows) == limit else None
     return json_response({"id": session_id, "rows": rows, "next_after": last})
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from optserve.api.codings import CODINGS
 from optserve_client.errors import NotAcceptable
 
 _TAG = re.compile(r'\s*(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")\s*(?:,|$)')
@@ -45,13 +46,19 @@ def _quality(offer: str, ranges: Sequence[tuple[str, float]]) -> float:
     return 0.0
 
 
-def matches(etag: str, condition: str) -> bool:
-    """Say whether ``If-None-Match: condition`` names ``etag``, by weak comparison."""
+def matching(etag: str, condition: str) -> str | None:
+    """Return the tag in ``If-None-Match: condition`` that is ``etag``, or that of the same in a
+    coding, by weak comparison; None if there is none."""
     if condition.strip() == "*":
-        return True
+        return etag
     at = 0
     while found := _TAG.match(condition, at):
-        if found[1] == etag.removeprefix("W/"):
-            return True
+        if any(found[1] == coded_etag(etag, coding) for coding in (None, *CODINGS)):
+            return found[1]
         at = found.end()
-    return False
+    return None
+
+
+def coded_etag(etag: str, coding: str | None) -> str:
+    """Return the strong ETag of the answer in ``coding`` whose plain one has ``etag``."""
+    return etag if coding is None else f'{etag[:-1]}-{coding}"'

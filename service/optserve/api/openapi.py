@@ -20,7 +20,8 @@ Bodies and replies with tensors are JSON or safetensors, chosen by `Content-Type
 safetensors body the tensors are called `param/<name>`, `grad/<name>`, `sparse/<name>/indices` and
 `sparse/<name>/values`, `topk/<name>/indices` and `topk/<name>/values`, or `int8/<name>/values` and
 `int8/<name>/scales`; all other fields are one JSON string in `__metadata__["optserve"]`. Replies
-look the same.
+look the same. Bodies may have the `Content-Encoding` gzip or zstd; replies follow
+`Accept-Encoding`.
 
 Every request that changes a session may carry `worker`, `epoch` and `seq`, or an `Idempotency-Key`
 header; a repeat is then answered, not applied twice. Every refusal is a problem document (RFC 9457)

@@ -8,8 +8,9 @@ from fastapi import Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
+from optserve.api.coded import VARY
 from optserve.api.decode import Claim, read_request
-from optserve.api.negotiation import matches
+from optserve.api.negotiation import matching
 from optserve.api.openapi import BINARY, operation
 from optserve.api.replies import Encoding, encode_params, encode_reply
 from optserve.api.routing import Media, SessionId, router, session_of
@@ -70,8 +71,8 @@ async def get_params(
     tag = wire.dtype_tag(dtype) if dtype else published.layout.dtype
     form = encoding if media == "application/json" else "binary"
     etag = published.etag(form, wire.dtype_name(tag))
-    if if_none_match is not None and matches(etag, if_none_match):
-        return Response(status_code=304, headers={"etag": etag})
+    if if_none_match is not None and (known := matching(etag, if_none_match)):
+        return Response(status_code=304, headers={"etag": known, "vary": VARY})
     return await encode_params(media, session.id, published, encoding, tag, etag)
 
 

@@ -21,6 +21,7 @@ FEATURES = [
     "base64",
     "catalogue",
     "compressed_gradients",
+    "content_encoding",
     "dry_run",
     "durability",
     "exactly_once",

@@ -31,6 +31,8 @@ def problem_response(scope: Scope, exc: Exception) -> Response:
         headers["retry-after"] = str(error.extra.get("retry_after", after))
     if allow := error.extra.get("allow"):
         headers["allow"] = ", ".join(allow)
+    if codings := error.extra.get("accept_encoding"):
+        headers["accept-encoding"] = ", ".join(codings)
     return Response(_dump(error.problem()), error.status, headers, PROBLEM)
 
 

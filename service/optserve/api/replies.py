@@ -12,9 +12,10 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from optserve.api import coded
 from optserve.api.connection import EXTENSION, REPLY
 from optserve.api.streams import Part, pieces, size_of
-from optserve.api.waiting import off_loop
+from optserve.api.waiting import OFF_LOOP_BYTES, off_loop
 from optserve.sessions.published import Published
 from optserve.sessions.reply import Reply
 from optserve_client import wire
@@ -64,7 +65,7 @@ def json_response(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Answer a JSON document without tensors."""
-    return Response(orjson.dumps(finite(value), option=_DOCUMENT), status, headers, JSON)
+    return PartsResponse([orjson.dumps(finite(value), option=_DOCUMENT)], status, headers, JSON)
 
 
 def json_tensors(params: Published, encoding: Encoding, dtype: str | None) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def converted(params: Published, dtype: str | None) -> dict[str, wire.Tensor]:
 
 
 class PartsResponse(Response):
-    """Parts one after the other, none of them copied where the connection can do without."""
+    """Parts one after the other, none of them copied where the connection can do without; in a
+    content coding, if the request likes one and they shrink."""
 
     def __init__(
         self,
@@ -113,15 +115,29 @@ class PartsResponse(Response):
     ) -> None:
         # Not Response's own constructor, which takes longer than a small reply does.
         self.parts = parts
+        self.nbytes = size_of(parts)
         self.status_code = status_code
         self.background = None
         self.raw_headers = [
             *((k.encode("latin-1"), v.encode("latin-1")) for k, v in (headers or {}).items()),
             (b"content-type", media_type.encode("latin-1")),
-            (b"content-length", b"%d" % size_of(parts)),
+            (b"content-length", b"%d" % self.nbytes),
         ]
+        if self.nbytes >= coded.LEAST_BYTES:
+            self.raw_headers.append((b"vary", coded.VARY.encode()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        coding = coded.wanted(scope, self.nbytes)
+        if coding is not None and self.nbytes <= OFF_LOOP_BYTES:
+            # gzip is slow enough to be noticed sooner.
+            small = await off_loop(4 * self.nbytes, coded.shrunk, coding, self.parts)
+            if small is not None:
+                self.raw_headers = coded.coded_headers(self.raw_headers, coding, len(small))
+                self.parts = [small]
+        elif coding is not None and await coded.shrinks(coding, self.parts):
+            headers = coded.coded_headers(self.raw_headers, coding, None)
+            await coded.stream(scope, send, self.status_code, headers, self.parts, coding)
+            return
         if EXTENSION in scope.get("extensions", ()):
             silence_s = scope["app"].state.settings.reply_timeout_s
             await send(
