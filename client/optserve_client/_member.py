@@ -95,7 +95,7 @@ class Member:
         in ``ahead``, which were pulled before, if they are newer."""
         wanted = None if names is None else tuple(names)
         known = self.params if wanted == self._names else None
-        if ahead is not None and (known is None or ahead.version > known.version):
+        if ahead is not None and self._newer(ahead, known):
             return self._hold(ahead, None)
         if known is not None and not known.etag:  # it came with a push
             newer = yield from self._pull(wanted, None, known.version + 1, 0.0)
@@ -103,6 +103,11 @@ class Member:
         found = yield from self._pull(wanted, known, None, None)
         assert found is not None
         return self._hold(found, wanted)
+
+    def _newer(self, ahead: Params, known: Params | None) -> bool:
+        if self._lane is None or ahead.generation != self._lane.generation:
+            return False  # of a history that is lost
+        return known is None or ahead.version > known.version
 
     def ahead(self, least: int) -> Steps[Params | None]:
         """Return the params of version ``least`` or a later one; None: ask again.

@@ -413,12 +413,16 @@ def test_workers_of_a_session_that_lost_its_history_pull_and_go_on(place: Restar
             worker.pull()
             for _ in range(3):
                 worker.push(ONE)
+        named[0].prefetch()
+        ahead = named[0]._ahead
+        assert ahead is not None
+        assert (ahead.result() or {}) != {}
         place.kill()
         place.again()
         for worker, version in zip(named, (1, 2), strict=True):
             with pytest.raises(errors.SessionRewound):
                 worker.push(ONE)
             assert worker.version is None
-            worker.pull()
+            assert worker.pull().version == version - 1
             assert worker.push(ONE).version == version
         assert session.status()["updates"] == 2

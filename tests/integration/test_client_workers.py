@@ -428,6 +428,135 @@ def bits(t: torch.Tensor) -> Bits:
     return Bits(t.view(torch.int16).numpy().view(np.uint16), "BF16")
 
 
+# Pulling ahead -----------------------------------------------------------------------------------
+
+ASYNC = {"mode": "async"}
+
+
+@pytest.fixture
+def counted(server: ServerProcess) -> Iterator[tuple[Proxy, Client]]:
+    """A client whose requests are counted."""
+    with Proxy(address(server), 0, {}) as proxy, Client(proxy.url) as client:
+        yield proxy, client
+
+
+def fetched(worker: Worker) -> Callable[[], bool]:
+    return lambda: worker._ahead is not None and worker._ahead.ended.is_set()
+
+
+def test_the_next_version_is_pulled_while_the_caller_computes(
+    client: Client, counted: tuple[Proxy, Client]
+) -> None:
+    proxy, behind = counted
+    session = client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+    worker = Worker(behind, session.id, "a")
+    worker.pull()
+    worker.prefetch()
+    worker.prefetch()  # one is enough
+    assert not fetched(worker)()
+    session.step(ONE)
+    wait_until(fetched(worker), "the next version")
+    assert worker.version == 0, "the caller still computes with it"
+    before = proxy.requests
+    assert worker.pull().version == worker.version == 1
+    assert proxy.requests == before == 3
+    np.testing.assert_array_equal(worker.params["w"], np.zeros(3))  # type: ignore[index]
+    assert worker.push(ONE).staleness == 0
+
+
+def test_a_pull_does_not_wait_for_a_version_that_is_not_there(client: Client) -> None:
+    session = client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+    worker = Worker(client, session.id, "a")
+    first = worker.pull()
+    worker.prefetch()
+    assert worker.pull() is first
+    ahead = worker._ahead
+    assert ahead is not None
+    session.step(ONE)
+    session.step(ONE)
+    assert worker.pull().version in (1, 2)  # the next one, or a later one
+    assert worker._ahead is None
+    assert worker.pull().version == 2
+    worker.close()
+
+
+def test_what_a_push_brought_is_not_replaced_by_what_was_pulled_before(client: Client) -> None:
+    session = client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+    worker = Worker(client, session.id, "a")
+    worker.pull()
+    worker.prefetch()
+    session.step(ONE)
+    wait_until(fetched(worker), "the next version")
+    worker.push(ONE)
+    held = worker.params
+    assert held is not None
+    assert held.version == 2
+    assert worker.pull() is held
+
+
+def test_pulling_ahead_is_over_when_the_worker_is_closed(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optserve_client._member.AHEAD_S", 0.05)
+    session = client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+    with Worker(client, session.id, "a") as worker:
+        worker.pull()
+        worker.prefetch()
+        ahead = worker._ahead
+        assert ahead is not None
+    wait_until(ahead.ended.is_set, "the end of its thread")
+    assert ahead.result() is None
+
+
+def test_a_pull_says_why_nothing_could_be_pulled_ahead(client: Client) -> None:
+    session = client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+    worker = Worker(client, session.id, "a")
+    worker.pull()
+    worker.prefetch()
+    session.delete()
+    wait_until(fetched(worker), "the refusal")
+    with pytest.raises(errors.SessionNotFound):
+        worker.pull()
+
+
+def test_three_workers_that_pull_ahead_make_one_version_each_time(
+    client: Client, threads: ThreadPoolExecutor
+) -> None:
+    session = client.create("SGD", {"w": np.zeros(1)}, lr=1.0, workers=ASYNC)
+
+    def loop(name: str) -> int:
+        staleness = 0
+        with Worker(client, session.id, name) as worker:
+            for _ in range(20):
+                worker.pull()
+                worker.prefetch()
+                staleness += worker.push({"w": np.ones(1)}, returns="none").staleness or 0
+        return staleness
+
+    list(threads.map(loop, NAMES))
+    assert session.status()["updates"] == 60
+    assert session.params()["w"].tolist() == [-60.0]
+
+
+def test_an_awaited_worker_pulls_ahead_as_well(server: ServerProcess) -> None:
+    async def run() -> None:
+        async with AsyncClient(server.url) as client:
+            session = await client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+            async with AsyncWorker(client, session.id, "a") as worker:
+                first = await worker.pull()
+                await worker.prefetch()
+                assert await worker.pull() is first
+                await session.step(ONE)
+                assert (await worker.pull()).version == 1
+                await worker.prefetch()
+                await session.delete()
+                with pytest.raises(errors.SessionNotFound):
+                    await worker.pull()
+                await worker.prefetch()
+
+    asyncio.run(run())
+
+
 # Awaited -----------------------------------------------------------------------------------------
 
 
