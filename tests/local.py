@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from optserve.sessions import operations
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.reply import Reply
 from optserve.sessions.session import Session

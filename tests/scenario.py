@@ -24,13 +24,15 @@ import torch
 import xxhash
 
 from optserve.sessions import frames, operations
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.reply import Reply
+from optserve.sessions.session import Session
 from optserve.store.opening import open_store
 from optserve_client import wire
 from optserve_client.errors import OptserveError, OutOfSpace, SessionNotFound, Unavailable
 from tests import local, syscalls
+from tests.waiting import wait_until
 
 #: 90 kB: payloads of this session are files.
 BIG: dict[str, tuple[int, ...]] = {"w": (150, 150), "b": (150,)}
@@ -44,7 +46,7 @@ FORGETFUL = "forgetful"
 
 
 def _arrays(seed: int, session: str) -> local.Arrays:
-    shapes = {"big": BIG, "copy": BIG, "gone": BIG, "wide": WIDE}
+    shapes = {"big": BIG, "copy": BIG, "gone": BIG, "wide": WIDE, "shared": BIG}
     return local.arrays(seed, shapes.get(session, SMALL))
 
 
@@ -89,6 +91,20 @@ class Script:
                 made.get("default", session), _arrays(seed, session), who, **fields
             ),
         )
+
+    def push(self, session: str, worker: str, seq: int, base: int, *, last: bool = False) -> None:
+        """Push into a round of two; the last one closes it."""
+        seed = len(self.requests)
+        who = Identity(worker=worker, seq=seq, digest=f"{session} {worker} {seq}".encode())
+
+        def send(made: Registry) -> Reply:
+            found = made.get("default", session)
+            reply = local.step(found, _arrays(seed, session), who, base_version=base)
+            if last and reply.pending is not None:
+                return reply.pending.future.result(60)
+            return reply
+
+        self.requests.append(Request(session, f"push {worker}", send))
 
     def change(self, session: str, operation: operations.Operation) -> None:
         self.add(
@@ -185,6 +201,14 @@ def script() -> list[Request]:
     s.snapshot("small")
     s.change("big", operations.Unpin(version=2))
     s.step("big")
+    rounds = {"mode": "sync", "count": 2, "deadline_s": 3600.0}
+    s.create("shared", {"optimizer": {"name": "Adam"}, "workers": rounds})
+    s.push("shared", "w", 1, 0)
+    s.push("shared", "v", 1, 0, last=True)
+    s.snapshot("shared")
+    s.push("shared", "v", 2, 1)
+    s.snapshot("shared")
+    s.push("shared", "w", 2, 1, last=True)
     return s.requests
 
 
@@ -211,6 +235,7 @@ def digest(made: Registry, session: str) -> str | None:
     """Return the digest of a session but for its generation and times; None: there is none."""
     try:
         found = made.get("default", session)
+        wait_until(lambda: not _full(found), "the end of a round")
     except SessionNotFound:
         return None
     frame = frames.decode(local.exported(found))
@@ -218,6 +243,8 @@ def digest(made: Registry, session: str) -> str | None:
     if session == FORGETFUL:  # going back is an event too
         leave |= {"lsn", "rewound", "ledger"}
     meta = {name: value for name, value in frame.meta.items() if name not in leave}
+    for worker in meta.get("ledger", {"workers": []})["workers"]:
+        del worker["seen"]
     for kept in _results(meta.get("ledger", {"workers": [], "keys": []})):
         del kept["time"]
     seen = xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode())
@@ -225,6 +252,12 @@ def digest(made: Registry, session: str) -> str | None:
         seen.update(f"{name} {wire.dtype_of(tensor)} {tensor.shape}".encode())
         seen.update(wire.as_bytes(tensor))
     return seen.hexdigest()
+
+
+def _full(session: Session) -> bool:
+    """Whether a round is about to close: that follows a start which found it full."""
+    found = session.workers().result(60)["round"]
+    return found is not None and len(found["contributed"]) >= found["count"]
 
 
 def _results(ledger: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from optserve.store import Event, Key, Store
-from optserve.store.base import KEPT_ROWS, Durability
+from optserve.store.base import KEPT_ROWS, Durability, Outcome, Soon
 from optserve.store.opening import open_store
+from optserve_client.errors import OutOfSpace, Unavailable
 from tests.postgres import shared_cluster
 
 #: ``postgresql`` has its large payloads in files, ``postgresql-alone`` in the database.
@@ -85,3 +87,38 @@ def lsns(store: Store, key: Key, **where: Any) -> list[int]:
 
 def kept(store: Store, key: Key) -> list[int]:
     return [row.lsn for row in store.snapshots(key)]
+
+
+class Faulty:
+    """A store that fails where it is told to: Unavailable with the event committed (``lost``) or
+    not (``refused``), or OutOfSpace (``full``)."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        #: Kind of event and fault; each happens once, in this order.
+        self.faults: list[tuple[str, str]] = []
+        #: How many have happened.
+        self.met = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def append(self, events: Sequence[Event]) -> list[Outcome]:
+        return [self._one(event) for event in events]
+
+    def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
+        future: Future[list[Outcome]] = Future()
+        future.set_result(self.append(events))
+        return future
+
+    def _one(self, event: Event) -> Outcome:
+        fault = None
+        if self.faults and self.faults[0][0] == event.kind:
+            _, fault = self.faults.pop(0)
+            self.met += 1
+        if fault in (None, "lost"):
+            [outcome] = self._store.append([event])
+            if fault is None or outcome.error is not None:
+                return outcome
+        error = OutOfSpace("no room") if fault == "full" else Unavailable("the medium failed")
+        return Outcome(key=event.key, lsn=event.lsn, error=error)

@@ -12,6 +12,9 @@ import numpy as np
 from optserve_client import errors, wire
 from optserve_client._values import Json, Params
 
+#: The longest that the server lets a request wait.
+_LONGEST_WAIT_S = 3600.0
+
 
 def array(value: Any, what: str, dtype: str | None = None) -> wire.Tensor:
     """Return ``value`` as a tensor, which messages call ``what``.
@@ -90,6 +93,22 @@ def condition(if_match: Params | str | None) -> dict[str, str]:
         # Found before the change has a number, which would be taken for used up.
         raise errors.Invalid(f"if_match holds what is not printable ASCII: {etag!r:.80}")
     return {} if etag is None else {"If-Match": etag}
+
+
+def patience_s(timeout_s: float) -> float:
+    """Return how long a push may wait for the others of its round before it is sent again.
+
+    Less than the time after which many a proxy gives up a silent connection, if the client does.
+    """
+    return min(max(timeout_s - 5.0, 1.0), _LONGEST_WAIT_S)
+
+
+def seconds(value: Any, what: str) -> float:
+    """Return ``value`` as how long the server may let a request wait."""
+    try:
+        return max(float(value), 0.0)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be a number of seconds, got {value!r:.80}") from None
 
 
 def integer(value: Any, what: str) -> int:

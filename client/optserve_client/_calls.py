@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from optserve_client._arguments import (
     integer,
     mapping,
     param_tensors,
+    seconds,
 )
 from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
@@ -51,7 +53,9 @@ def _body(answer: Answer) -> memoryview:
 
 def _step_result(answer: Answer, asked: str) -> StepResult:
     raw: Json = answer.scalars
-    returned = None if asked == "none" else raw.get("returned", asked)
+    # 202: the round is open, and what comes of it is not known.
+    none = asked == "none" or answer.status == 202
+    returned = None if none else raw.get("returned", asked)
     return StepResult(
         id=raw["id"],
         generation=raw["generation"],
@@ -66,6 +70,8 @@ def _step_result(answer: Answer, asked: str) -> StepResult:
         scheduler=raw.get("scheduler"),
         grad_norm=raw.get("grad_norm"),
         clip_coef=raw.get("clip_coef"),
+        round=raw.get("round"),
+        staleness=raw.get("staleness"),
         need=raw.get("need"),
         returned=returned,
         params=answer.params if returned is not None else None,
@@ -140,31 +146,41 @@ def preview_scheduler(
 
 def step(
     session_id: str,
-    grads: Mapping[str, Any],
+    grads: Mapping[str, Any] | None,
+    deltas: Mapping[str, Any] | None,
     params: Mapping[str, Any] | None,
     none: Iterable[str],
     fields: Json,
     dtype: str | None = None,
     compress: Compressor | None = None,
     unsent: Unsent | None = None,
+    *,
+    patience_s: float,
 ) -> Call[StepResult]:
+    what, kind = _pushed(grads, deltas)
     tensors: dict[str, wire.Tensor] = {}
     dense: dict[str, wire.Tensor] = {}
     without = list(none)
-    for name, grad in mapping(grads, "grads").items():
+    for name, grad in mapping(grads if deltas is None else deltas, what).items():
+        where = f"{what}[{name!r}]"
         if grad is None:
             without.append(name)
         elif isinstance(grad, Sparse):
             tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
-            tensors[f"sparse/{name}/values"] = array(grad.values, f"grads[{name!r}].values", dtype)
+            tensors[f"sparse/{name}/values"] = array(grad.values, f"{where}.values", dtype)
         elif compress is None:
-            tensors[f"grad/{name}"] = array(grad, f"grads[{name!r}]", dtype)
+            tensors[f"{kind}/{name}"] = array(grad, where, dtype)
         else:
-            what = f"grads[{name!r}]"
-            dense[name] = in_session(array(grad, what, dtype), what, dtype)
+            dense[name] = in_session(array(grad, where, dtype), where, dtype)
     late = None
     if compress is not None:
-        late = Packed(compress, unsent or Unsent(), dense, fields.get("loss_scale", 1.0))
+        late = Packed(compress, unsent or Unsent(), dense, fields.get("loss_scale", 1.0), kind)
+    # Who says of which version a gradient is may be one of several workers: then it waits for the
+    # others, and if it is too late it needs what it asks for all the same.
+    patient = "base_version" in fields and "wait_s" not in fields
+    if "base_version" in fields:
+        defaults: Json = {"wait_s": patience_s, "return": "params"}
+        fields = defaults | fields
     draft = Draft(
         method="POST",
         path=session_path(session_id, "step"),
@@ -173,24 +189,47 @@ def step(
         late=late,
         accept=wire.SAFETENSORS,
         guarded=True,
+        wait_s=seconds(fields.get("wait_s", 0.0), "wait_s"),
+        patient=patient,
     )
-    dry = fields.get("dry_run", False)
+    dry, asked = fields.get("dry_run", False), fields.get("return", "params")
     return Call(
         draft=draft,
-        read=lambda answer: _step_result(answer, fields.get("return", "params")),
+        read=lambda answer: _step_result(answer, asked),
         changes=None if dry else session_id,
     )
 
 
-def params(
-    session_id: str, weights: str, names: Iterable[str] | None, known: Params | None
-) -> Call[Params]:
-    query = [("weights", weights), *(("names", name) for name in names or ())]
+def _pushed(grads: Mapping[str, Any] | None, deltas: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return what a step is given, and what its tensors are called."""
+    if (grads is None) is (deltas is None):
+        raise TypeError("a step takes grads, or, where workers push deltas, deltas=")
+    return ("grads", "grad") if deltas is None else ("deltas", "delta")
 
-    def read(answer: Answer) -> Params:
+
+def params(
+    session_id: str,
+    weights: str,
+    names: Iterable[str] | None,
+    known: Params | None,
+    min_version: int | None,
+    wait_s: float | None,
+) -> Call[Params | None]:
+    if min_version is None and wait_s is not None:
+        raise errors.Invalid("wait_s needs min_version, the version to wait for", field="wait_s")
+    if wait_s is not None and not 0 <= wait_s < math.inf:
+        raise errors.Invalid(f"wait_s must be a number of seconds, got {wait_s!r}", field="wait_s")
+    least = 0 if min_version is None else integer(min_version, "min_version")
+    query = [("weights", weights), *(("names", name) for name in names or ())]
+    asked = given(min_version=min_version, wait_s=wait_s)
+    query += [(key, str(value)) for key, value in asked.items()]
+
+    def read(answer: Answer) -> Params | None:
         if answer.status == 304:
-            assert known is not None
-            return known
+            # Either this is what the server has, or its version is still below min_version.
+            if known is None or answer.headers.get("etag", known.etag) != known.etag:
+                return None
+            return known if known.version >= least else None
         raw = answer.scalars
         return Params(
             version=raw["version"],
@@ -206,6 +245,7 @@ def params(
         query=tuple(query),
         headers={} if known is None else {"If-None-Match": known.etag},
         accept=wire.SAFETENSORS,
+        wait_s=wait_s or 0.0,
     )
     return Call(draft=draft, read=read)
 

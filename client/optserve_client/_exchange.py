@@ -1,7 +1,7 @@
 """One request until it is answered: when it is sent again, and what is known when that ends.
 
 An operation is a generator. It yields :class:`Send`, :class:`Sleep` or :class:`Work`, is told what
-came of it, and returns the answer; ``client.py`` and ``aio.py`` only do what it asks.
+came of it, and returns the answer; ``client.py`` and ``aio_client.py`` only do what it asks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import TypeAlias, TypeVar
 
 from optserve_client import errors
@@ -129,10 +128,13 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
 
     ConnectFailed, OutOfSpace, Damaged and a RequestError mean that no attempt did anything: where
     an earlier one may have, the sentence says so, and what was turned away is a TransportError.
+
+    A patient request that the server has, but that still waits there, is sent again at once, and
+    for as long as it takes: what fails after that is a new failure.
     """
     begun: float | None = None
-    stuck, told = 0, False
-    for attempt in count():
+    attempt, stuck, told = 0, 0, False
+    while True:
         before, trail.maybe_done = trail.maybe_done, request.method != "GET"
         try:
             answer = yield Send(request)
@@ -141,6 +143,9 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
         else:
             assert answer is not None
             found = _verdict(answer)
+            if found is None and answer.status == 202 and request.patient:
+                attempt, stuck, begun = 0, 0, None
+                continue
             if found is None or found.done is None or (found.final and not before):
                 trail.maybe_done = False
                 return replace(answer, doubtful=True) if before else answer
@@ -159,7 +164,7 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
             told = True
             log.warning("%s; trying again for %g s", failure.detail, retry.total_s)
         yield Sleep(pause_s)
-    raise AssertionError("count() ended")
+        attempt += 1
 
 
 def _doubted(failure: errors.OptserveError) -> errors.OptserveError:

@@ -12,9 +12,8 @@ def not_connected(request: Request, server: str, exc: BaseException) -> str:
 
 
 def late(request: Request, server: str, timeout_s: float, exc: BaseException) -> str:
-    return (
-        f"{_what(request)}: no complete answer from {server} in time, {timeout_s:g} s: {_why(exc)}"
-    )
+    limit_s = timeout_s + request.wait_s
+    return f"{_what(request)}: no complete answer from {server} in time, {limit_s:g} s: {_why(exc)}"
 
 
 def broken(request: Request, server: str, exc: BaseException) -> str:

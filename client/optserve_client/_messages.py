@@ -32,6 +32,10 @@ class Request:
     target: str
     headers: Mapping[str, str]
     pieces: tuple[bytes | memoryview, ...] = ()
+    #: How long the server may let it wait for others before it works on the answer.
+    wait_s: float = 0.0
+    #: Whether 202, which says that it still waits, is no answer yet: then it is sent again.
+    patient: bool = False
     #: Whom to tell that the server has done it.
     acknowledged: Callable[[Answer], None] | None = None
 
@@ -104,6 +108,9 @@ class Draft:
     accept: str = JSON
     #: Whether the request takes the field ``generation``.
     guarded: bool = False
+    #: As a :class:`Request` has them.
+    wait_s: float = 0.0
+    patient: bool = False
 
     def request(self, stamp: Mapping[str, Any] | None = None) -> Request:
         """Return the request with ``stamp`` (worker, epoch, seq) in its fields, else its query."""
@@ -134,6 +141,8 @@ class Draft:
             target=target,
             headers=headers,
             pieces=pieces,
+            wait_s=self.wait_s,
+            patient=self.patient,
             acknowledged=self.late.acknowledged if self.late else None,
         )
 
@@ -190,13 +199,16 @@ class Answer:
     def error(self) -> errors.OptserveError:
         """Return the error that the answer stands for."""
         try:
-            problem = json.loads(bytes(self.body))
-        except ValueError:
+            problem = self.scalars
+        except errors.ServerError:
             problem = None
-        if not isinstance(problem, dict):
+        if not isinstance(problem, dict) or not self.body:
             text = bytes(self.body[:200]).decode("utf-8", "replace").strip()
             problem = {"detail": f"HTTP {self.status}" + (f": {text}" if text else "")}
-        return errors.from_problem(self.status, problem)
+        error = errors.from_problem(self.status, problem)
+        if isinstance(error, errors.StaleGradient):
+            error.params = self.params or None
+        return error
 
     def retry_after_s(self) -> float:
         """Return how long the server asks to wait; 0 if it does not say."""

@@ -25,7 +25,11 @@ class OverHttpx:
         with (
             translated(request, self._server, self._timeout_s),
             self._http.stream(
-                request.method, request.target, headers=request.headers, content=body_of(request)
+                request.method,
+                request.target,
+                headers=request.headers,
+                content=body_of(request),
+                timeout=_timeout(request, self._timeout_s),
             ) as response,
         ):
             incoming = incoming_of(response)
@@ -52,6 +56,7 @@ class AwaitedOverHttpx:
                 request.target,
                 headers=request.headers,
                 content=async_body_of(request),
+                timeout=_timeout(request, self._timeout_s),
             ) as response:
                 incoming = incoming_of(response)
                 if not response.is_stream_consumed:
@@ -65,6 +70,10 @@ class AwaitedOverHttpx:
 
 def _limits() -> httpx.Limits:
     return httpx.Limits(max_connections=None, max_keepalive_connections=100)
+
+
+def _timeout(request: Request, timeout_s: float) -> httpx.Timeout:
+    return httpx.Timeout(timeout_s, read=timeout_s + request.wait_s)
 
 
 def body_of(request: Request) -> Any:

@@ -83,6 +83,11 @@ class Lane:
             self.blocked = error
         self.check()
 
+    def begin(self, reply: Mapping[str, Any]) -> None:
+        """Begin the epoch that ``reply`` to a registration gives; give up what is open."""
+        self.epoch, self.seq, self.generation = reply["epoch"], 1, reply["generation"]
+        self.unsettled = self.last_seq = self.blocked = None
+
     def resume(self) -> None:
         """Go on after what the server remembers; give up what is open."""
         if self.last_seq is not None:

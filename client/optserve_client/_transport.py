@@ -159,7 +159,6 @@ class _Sockets:
 
     def __init__(self, url: str, timeout_s: float, headers: Mapping[str, str]) -> None:
         self._server, self._timeout_s = place(url), timeout_s
-        self._wait_s = min(timeout_s, _LONGEST_S)
         self._pool, self._memory = Pool(), Memory()
         self._host, self._port, self._path = "", 0, ""
         if url.startswith("unix:"):
@@ -190,6 +189,10 @@ class _Sockets:
             connection.close()
         return incoming.answer()
 
+    def _limit_s(self, events: int, more_s: float) -> float:
+        """Return how long to wait for ``events``: ``more_s`` longer for an answer."""
+        return min(self._timeout_s + (more_s if events == READ else 0.0), _LONGEST_S)
+
     def _close(self) -> None:
         self._pool.close()
         self._memory.close()
@@ -216,7 +219,7 @@ class Blocking(_Sockets):
                 raise self._unreachable(request, exc) from exc
         try:
             steps = exchanged(connection, head, request, self._memory.take)
-            return self._ended(connection, self._run(steps))
+            return self._ended(connection, self._run(steps, request.wait_s))
         except (OSError, errors.TransportError) as exc:
             connection.close()
             raise self._broken(request, exc) from exc
@@ -233,13 +236,13 @@ class Blocking(_Sockets):
             known = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         return known
 
-    def _run(self, steps: Waits[T]) -> T:
+    def _run(self, steps: Waits[T], more_s: float = 0.0) -> T:
         try:
             sock, events = next(steps)
             while True:
                 poller = select.poll()
                 poller.register(sock, events)
-                ready = poller.poll(self._wait_s * 1000)
+                ready = poller.poll(self._limit_s(events, more_s) * 1000)
                 if ready:
                     sock, events = steps.send(ready[0][1])
                 else:
@@ -264,7 +267,7 @@ class Awaited(_Sockets):
                 raise self._unreachable(request, exc) from exc
         try:
             steps = exchanged(connection, head, request, self._memory.take)
-            return self._ended(connection, await self._run(steps))
+            return self._ended(connection, await self._run(steps, request.wait_s))
         except (OSError, errors.TransportError) as exc:
             connection.close()
             raise self._broken(request, exc) from exc
@@ -282,12 +285,12 @@ class Awaited(_Sockets):
             known = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
         return known
 
-    async def _run(self, steps: Waits[T]) -> T:
+    async def _run(self, steps: Waits[T], more_s: float = 0.0) -> T:
         try:
             sock, events = next(steps)
             while True:
                 try:
-                    happened = await _happens(sock, events, self._wait_s)
+                    happened = await _happens(sock, events, self._limit_s(events, more_s))
                 except TimeoutError as exc:
                     sock, events = steps.throw(exc)
                 else:

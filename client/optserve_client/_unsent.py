@@ -46,12 +46,15 @@ class Packed:
         unsent: Unsent,
         gradients: Mapping[str, Tensor],
         scale: float = 1.0,
+        kind: str = "grad",
     ) -> None:
-        """``scale``: what the gradients were multiplied by."""
+        """``scale``: what the gradients were multiplied by; ``kind``: what whole ones are called in
+        the frame, ``grad`` or ``delta``."""
         self._compressor = compressor
         self._unsent = unsent
         self._gradients = gradients
         self._scale = scale
+        self._kind = kind
         self._left: dict[str, Array] = {}
 
     def made(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -72,7 +75,8 @@ class Packed:
                     )
                 room = unsent.spare.pop(name, None)
                 encoded = self._compressor.encode(name, gradient, before, room=room)
-                tensors |= encoded.tensors
+                for full, tensor in encoded.tensors.items():
+                    tensors[f"{self._kind}/{name}" if full == f"grad/{name}" else full] = tensor
                 fields |= encoded.fields
                 if encoded.unsent is not None:
                     self._left[name] = encoded.unsent

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from optserve_client.wire import Array, Tensor
 
 #: A JSON object.
 Json: TypeAlias = dict[str, Any]
+#: Which params are pulled.
+Weights: TypeAlias = Literal["live", "eval", "ema", "best"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -33,11 +35,12 @@ class StepResult:
     generation: str
     #: Version of the params in this reply.
     version: int
-    #: Version that this request made; None while its window is open, or if it was skipped.
+    #: Version that this request made, or its round; None while its window or round is open, or if
+    #: it was skipped.
     applied_version: int | None
     #: Optimizer updates so far, torch's ``step``.
     updates: int
-    #: Whether this request changed the params.
+    #: Whether this request changed the params, alone or with the others of its round.
     applied: bool
     #: Gradients in the open accumulation window.
     accumulated: int | None
@@ -52,12 +55,18 @@ class StepResult:
     #: Total norm over all groups before clipping, and what clip_grad_norm multiplied by.
     grad_norm: float | None
     clip_coef: float | None
+    #: Of a push into a round: ``number``, ``base_version``, and at its end which ``workers`` were
+    #: in, how many are ``missing``, ``closed_by`` ``count`` or ``deadline``, and the ``weight`` of
+    #: this push; while it is open who has ``contributed`` of ``count``, and ``deadline_at``.
+    round: Json | None
+    #: How many versions the session was ahead of ``base_version``, where workers are asynchronous.
+    staleness: int | None
     #: ``evaluate``: LBFGS wants loss and gradient at :attr:`params`, in a further step.
     need: str | None
     #: What :attr:`params` holds: ``params``, or ``delta``: new minus previous; None: nothing. Look
     #: at it after asking for a delta, because a repeated step is answered with params.
     returned: str | None
-    #: Writable arrays that share one buffer, or None for ``returns="none"``.
+    #: Writable arrays that share one buffer, or None for ``returns="none"`` and in an open round.
     params: dict[str, Tensor] | None
     #: All scalars of the reply.
     raw: Json = field(repr=False)

@@ -1,200 +1,17 @@
-"""The client that is awaited: the methods of ``client.py`` and ``session.py``, and their words."""
+"""One session, awaited: the methods of ``session.py``, and their words."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from optserve_client import _arguments, _calls, _transport, wire
-from optserve_client._exchange import Retry, Send, Sleep
-from optserve_client._protocol import Call, Lane, Lanes, perform
-from optserve_client._values import Json, Page, Params, StepResult
-from optserve_client.client import Client
+from optserve_client import _arguments, _calls, _worker_calls, wire
+from optserve_client._values import Json, Params, StepResult, Weights
 from optserve_client.compress import Compressor
 from optserve_client.session import Session
 
 if TYPE_CHECKING:
-    import httpx
-
-T = TypeVar("T")
-
-
-class AsyncClient:
-    """:class:`optserve_client.Client` with methods that are awaited; use ``async with``."""
-
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        timeout: float = 60.0,
-        retries: int | Retry | None = None,
-        worker: str | None = None,
-        epoch: int = 1,
-        headers: Mapping[str, str] | None = None,
-        encoding: Literal["gzip", "zstd"] | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self._retry = Retry.of(retries)
-        self._lanes = Lanes(worker, epoch, asyncio.Lock)
-        self._transport = _transport.awaited(url, timeout, headers, transport, encoding)
-        self._server = _transport.place(url, transport)
-
-    @property
-    def worker(self) -> str:
-        return self._lanes.worker
-
-    async def create(
-        self,
-        optimizer: str | Mapping[str, Any],
-        params: Mapping[str, Any],
-        *,
-        id: str | None = None,  # noqa: A002 - the field's name
-        groups: Sequence[Mapping[str, Any]] | None = None,
-        sparse: Sequence[str] | None = None,
-        scheduler: Mapping[str, Any] | Sequence[Any] | None = None,
-        clip_grad_norm: float | None = None,
-        clip_grad_value: float | None = None,
-        accumulate: int | Mapping[str, Any] | None = None,
-        ema: Mapping[str, Any] | None = None,
-        best: Mapping[str, Any] | None = None,
-        maximize: bool | None = None,
-        nonfinite: Literal["reject", "skip"] | None = None,
-        dtype: str | None = None,
-        device: str | None = None,
-        impl: Literal["auto", "fused", "foreach", "single"] | None = None,
-        durability: Literal["always", "os", "memory"] | None = None,
-        ttl_s: float | None = None,
-        name: str | None = None,
-        notes: str | None = None,
-        tags: Mapping[str, str] | None = None,
-        **hyperparameters: Any,
-    ) -> AsyncSession:
-        fields = _arguments.given(
-            groups=groups,
-            sparse=sparse,
-            scheduler=scheduler,
-            clip_grad_norm=clip_grad_norm,
-            clip_grad_value=clip_grad_value,
-            accumulate=accumulate,
-            ema=ema,
-            best=best,
-            maximize=maximize,
-            nonfinite=nonfinite,
-            dtype=dtype,
-            device=device,
-            impl=impl,
-            durability=durability,
-            ttl_s=ttl_s,
-            name=name,
-            notes=notes,
-            tags=tags,
-        )
-        reply = await self._run(_calls.create(id, optimizer, params, fields, hyperparameters))
-        return AsyncSession(self, self._lanes.opened(reply), reply)
-
-    def session(self, session_id: str) -> AsyncSession:
-        wire.check_id("session id", session_id)
-        return AsyncSession(self, session_id)
-
-    async def import_session(
-        self,
-        frame: wire.BytesLike,
-        *,
-        id: str | None = None,  # noqa: A002 - the field's name
-    ) -> AsyncSession:
-        reply = await self._run(_calls.import_session(id, frame))
-        return AsyncSession(self, self._lanes.opened(reply, imported=True), reply)
-
-    async def list(
-        self,
-        *,
-        cursor: str | None = None,
-        limit: int | None = None,
-        tags: Mapping[str, str] | None = None,
-        order_by: str | None = None,
-    ) -> Page:
-        return await self._run(_calls.sessions(cursor, limit, tags, order_by))
-
-    async def optimizers(self) -> Sequence[Json]:
-        return await self._run(_calls.listed("optimizers"))
-
-    async def optimizer(self, name: str) -> Json:
-        return await self._run(_calls.named("optimizers", name))
-
-    async def schedulers(self) -> Sequence[Json]:
-        return await self._run(_calls.listed("schedulers"))
-
-    async def scheduler(self, name: str) -> Json:
-        return await self._run(_calls.named("schedulers", name))
-
-    async def preview_scheduler(
-        self,
-        scheduler: Mapping[str, Any] | Sequence[Any],
-        optimizer: str | Mapping[str, Any],
-        *,
-        groups: Sequence[Mapping[str, Any]] | None = None,
-        steps: int = 100,
-        metrics: Sequence[float] | None = None,
-    ) -> Json:
-        call = _calls.preview_scheduler(scheduler, optimizer, groups, steps, metrics)
-        return await self._run(call)
-
-    async def healthz(self) -> Json:
-        return await self._run(_calls.get("/healthz", _calls.scalars))
-
-    async def version(self) -> Json:
-        return await self._run(_calls.get("/version", _calls.scalars))
-
-    async def close(self) -> None:
-        await self._transport.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._server!r}, worker={self.worker!r})"
-
-    async def _run(self, call: Call[T]) -> T:
-        if call.changes is None:
-            return await self._drive(call, None)
-        lane, lock = self._lanes.get(call.changes)
-        async with lock:
-            return await self._drive(call, lane)
-
-    async def _drive(self, call: Call[T], lane: Lane | None) -> T:
-        steps = perform(call, self._retry, lane)
-        try:
-            effect = next(steps)
-            while True:
-                if isinstance(effect, Sleep):
-                    await asyncio.sleep(effect.seconds)
-                    effect = next(steps)
-                    continue
-                try:
-                    answer = None
-                    if isinstance(effect, Send):
-                        answer = await self._transport.send(effect.request)
-                    else:
-                        await asyncio.to_thread(effect.do)
-                except BaseException as exc:
-                    effect = steps.throw(exc)
-                else:
-                    effect = steps.send(answer)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        finally:
-            steps.close()
+    from optserve_client.aio_client import AsyncClient
 
 
 class AsyncSession:
@@ -217,8 +34,9 @@ class AsyncSession:
 
     async def step(
         self,
-        grads: Mapping[str, Any],
+        grads: Mapping[str, Any] | None = None,
         *,
+        deltas: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         none: Iterable[str] | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -226,6 +44,8 @@ class AsyncSession:
         metrics: Mapping[str, float] | None = None,
         loss_scale: float | None = None,
         base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
         dry_run: bool = False,
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
@@ -240,29 +60,57 @@ class AsyncSession:
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
             return_dtype=return_dtype,
         )
         return await self._client._run(
             _calls.step(
                 self.id,
                 grads,
+                deltas,
                 params,
                 none or (),
                 fields,
                 self._dtype,
                 compress,
                 self._client._lanes.unsent(self.id),
+                patience_s=self._client._patience_s,
             )
         )
 
+    @overload
     async def params(
         self,
-        weights: Literal["live", "eval", "ema", "best"] = "live",
+        weights: Weights = "live",
         *,
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
-    ) -> Params:
-        return await self._client._run(_calls.params(self.id, weights, names, if_none_match))
+    ) -> Params: ...
+
+    @overload
+    async def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int,
+        wait_s: float | None = None,
+    ) -> Params | None: ...
+
+    async def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int | None = None,
+        wait_s: float | None = None,
+    ) -> Params | None:
+        return await self._client._run(
+            _calls.params(self.id, weights, names, if_none_match, min_version, wait_s)
+        )
 
     async def put_params(
         self,
@@ -359,6 +207,15 @@ class AsyncSession:
         fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return await self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
 
+    async def register(self, name: str | None = None) -> Json:
+        return await self._client._register(self.id, name)
+
+    async def workers(self) -> Json:
+        return await self._client._run(_worker_calls.workers(self.id))
+
+    async def remove_worker(self, name: str) -> Json:
+        return await self._client._run(_worker_calls.remove_worker(self.id, name))
+
     def resume(self) -> None:
         self._client._lanes.resume(self.id)
 
@@ -366,12 +223,11 @@ class AsyncSession:
         return f"{type(self).__name__}({self.id!r})"
 
 
-def _borrow_words(target: type, source: type) -> None:
+def borrow_words(target: type, source: type) -> None:
     """Give each method of ``target`` the docstring of the one that blocks."""
     for name, member in vars(target).items():
         if callable(member) and not member.__doc__ and hasattr(source, name):
             member.__doc__ = getattr(source, name).__doc__
 
 
-_borrow_words(AsyncClient, Client)
-_borrow_words(AsyncSession, Session)
+borrow_words(AsyncSession, Session)

@@ -1,4 +1,4 @@
-"""The client that blocks; ``aio.py`` has its twin with the same methods."""
+"""The client that blocks; ``aio_client.py`` has its twin with the same methods."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from optserve_client import _arguments, _calls, _transport, wire
-from optserve_client._exchange import Retry, Send, Sleep
+from optserve_client import _arguments, _calls, _transport, _worker_calls, wire
+from optserve_client._exchange import Retry, Send, Sleep, Steps
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page
 from optserve_client.session import Session
@@ -66,6 +66,7 @@ class Client:
         self._retry = Retry.of(retries)
         self._lanes = Lanes(worker, epoch, threading.Lock)
         self._transport = _transport.blocking(url, timeout, headers, transport, encoding)
+        self._patience_s = _arguments.patience_s(timeout)
         self._server = _transport.place(url, transport)
 
     @property
@@ -97,6 +98,7 @@ class Client:
         name: str | None = None,
         notes: str | None = None,
         tags: Mapping[str, str] | None = None,
+        workers: Mapping[str, Any] | None = None,
         **hyperparameters: Any,
     ) -> Session:
         """Create a session: ``create("AdamW", {"w": w}, lr=1e-3)``.
@@ -129,6 +131,7 @@ class Client:
             name=name,
             notes=notes,
             tags=tags,
+            workers=workers,
         )
         reply = self._run(_calls.create(id, optimizer, params, fields, hyperparameters))
         return Session(self, self._lanes.opened(reply), reply)
@@ -230,8 +233,20 @@ class Client:
         with lock:
             return self._drive(call, lane)
 
+    def _register(self, session_id: str, name: str | None) -> Json:
+        lane, lock = self._lanes.get(session_id)
+        call = _worker_calls.register(session_id, lane.worker if name is None else name)
+        if name not in (None, lane.worker):
+            return self._run(call)
+        with lock:
+            reply = self._run(call)
+            lane.begin(reply)
+        return reply
+
     def _drive(self, call: Call[T], lane: Lane | None) -> T:
-        steps = perform(call, self._retry, lane)
+        return self._play(perform(call, self._retry, lane))
+
+    def _play(self, steps: Steps[T]) -> T:
         try:
             effect = next(steps)
             while True:

@@ -8,7 +8,8 @@ them back.
     ├── RequestError                    the request was refused; nothing was recorded
     │   ├── Malformed                   400 malformed
     │   ├── NotFound                    404 not_found
-    │   │   └── SessionNotFound         404 session_not_found
+    │   │   ├── SessionNotFound         404 session_not_found
+    │   │   └── WorkerNotFound          404 worker_not_found
     │   ├── MethodNotAllowed            405 method_not_allowed
     │   ├── NotAcceptable               406 not_acceptable
     │   ├── BodyTimeout                 408 body_timeout
@@ -18,6 +19,8 @@ them back.
     │   │   ├── OutOfSequence           409 out_of_sequence
     │   │   ├── Fenced                  409 fenced
     │   │   ├── SessionRewound          409 session_rewound
+    │   │   ├── StaleGradient           409 stale_gradient
+    │   │   ├── RoundFailed             409 round_failed
     │   │   └── LineSearchOpen          409 line_search_open
     │   ├── PreconditionFailed          412 precondition_failed
     │   ├── TooLarge                    413 too_large
@@ -98,6 +101,12 @@ class SessionNotFound(NotFound):
     status = 404
 
 
+class WorkerNotFound(NotFound):
+    """The session knows no such worker."""
+
+    code = "worker_not_found"
+
+
 class MethodNotAllowed(RequestError):
     """This resource does not take this method."""
 
@@ -154,6 +163,20 @@ class SessionRewound(Conflict):
     """The session lost acknowledged history and started a new generation."""
 
     code = "session_rewound"
+
+
+class StaleGradient(Conflict):
+    """The gradient was computed on a version that is too old."""
+
+    code = "stale_gradient"
+    #: In the client: the params of version ``extra["version"]`` by name, if the step wanted params.
+    params: dict[str, Any] | None = None
+
+
+class RoundFailed(Conflict):
+    """The round ended without an update; its pushes were dropped."""
+
+    code = "round_failed"
 
 
 class LineSearchOpen(Conflict):

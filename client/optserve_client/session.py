@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from optserve_client import _arguments, _calls, wire
-from optserve_client._values import Json, Params, StepResult
+from optserve_client import _arguments, _calls, _worker_calls, wire
+from optserve_client._values import Json, Params, StepResult, Weights
 from optserve_client.compress import Compressor
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class Session:
 
     def step(
         self,
-        grads: Mapping[str, Any],
+        grads: Mapping[str, Any] | None = None,
         *,
+        deltas: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         none: Iterable[str] | None = None,
         groups: Sequence[Mapping[str, Any]] | None = None,
@@ -43,6 +44,8 @@ class Session:
         metrics: Mapping[str, float] | None = None,
         loss_scale: float | None = None,
         base_version: int | None = None,
+        weight: float | None = None,
+        wait_s: float | None = None,
         dry_run: bool = False,
         returns: Literal["params", "delta", "none"] = "params",
         return_dtype: str | None = None,
@@ -62,7 +65,14 @@ class Session:
                 step whose loss overflowed under ``loss_scale`` is still skipped by the server.
             metrics: Further named values; those that are not finite are not sent either.
             loss_scale: What the gradients were multiplied by.
-            base_version: Refuse the step if the session has another version by now.
+            deltas: Instead of ``grads`` where the session's workers push deltas: what the params
+                are now minus what they were when they were pulled.
+            base_version: Version of the params that the gradient was computed at. A session of
+                several workers needs it; any other refuses the step if it has another one by now.
+            weight: Of this gradient in a weighted mean, such as its number of samples.
+            wait_s: How long to wait for the other workers of a round: if it is still open then,
+                the result has ``applied`` False, no params, and ``round`` says how far it is. By
+                default as long as it takes.
             dry_run: Show what would happen; change nothing.
             returns: What the result's ``params`` hold.
             return_dtype: In which dtype, rounded if it is narrower.
@@ -79,30 +89,64 @@ class Session:
             metrics=metrics,
             loss_scale=loss_scale,
             base_version=base_version,
+            weight=weight,
+            wait_s=wait_s,
             return_dtype=return_dtype,
         )
         return self._client._run(
             _calls.step(
                 self.id,
                 grads,
+                deltas,
                 params,
                 none or (),
                 fields,
                 self._dtype,
                 compress,
                 self._client._lanes.unsent(self.id),
+                patience_s=self._client._patience_s,
             )
         )
 
+    @overload
     def params(
         self,
-        weights: Literal["live", "eval", "ema", "best"] = "live",
+        weights: Weights = "live",
         *,
         names: Iterable[str] | None = None,
         if_none_match: Params | None = None,
-    ) -> Params:
-        """Return the params, or some of them; ``if_none_match`` itself if it is still current."""
-        return self._client._run(_calls.params(self.id, weights, names, if_none_match))
+    ) -> Params: ...
+
+    @overload
+    def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int,
+        wait_s: float | None = None,
+    ) -> Params | None: ...
+
+    def params(
+        self,
+        weights: Weights = "live",
+        *,
+        names: Iterable[str] | None = None,
+        if_none_match: Params | None = None,
+        min_version: int | None = None,
+        wait_s: float | None = None,
+    ) -> Params | None:
+        """Return the params, or some of them; ``if_none_match`` itself if it is still current.
+
+        With ``min_version``, once the session has that version or a later one; None if it has not:
+        also with ``if_none_match``, and earlier if the server begins to stop. The server waits for
+        it up to ``wait_s`` seconds (3600 at most; by default it answers at once), and the client's
+        ``timeout`` counts on top of that. It waits anew when the request is sent again.
+        """
+        return self._client._run(
+            _calls.params(self.id, weights, names, if_none_match, min_version, wait_s)
+        )
 
     def put_params(
         self,
@@ -221,6 +265,22 @@ class Session:
         """Add named values to a version that came out earlier; not those that are not finite."""
         fields = {"version": version, "metrics": _arguments.finite_metrics(metrics)}
         return self._client._run(_calls.edit(self.id, "PUT", "metrics", fields))
+
+    def register(self, name: str | None = None) -> Json:
+        """Begin a new epoch of a worker, by default of this client, and return it.
+
+        Whoever goes by its name with an older epoch is refused from now on. Only the epoch of this
+        client's own worker is kept here: for others see :class:`Worker`.
+        """
+        return self._client._register(self.id, name)
+
+    def workers(self) -> Json:
+        """Return the ``workers`` that the session knows, and the ``round`` that is open, if any."""
+        return self._client._run(_worker_calls.workers(self.id))
+
+    def remove_worker(self, name: str) -> Json:
+        """Have a worker refused until it registers again. Its push stays in the open round."""
+        return self._client._run(_worker_calls.remove_worker(self.id, name))
 
     def resume(self) -> None:
         """Go on after SessionRewound or OutOfSequence, or give up a change that stays open.

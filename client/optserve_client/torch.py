@@ -8,7 +8,6 @@ own ``lr_scheduler`` classes drive it. The only file of the client that needs to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 
@@ -16,10 +15,21 @@ import numpy as np
 
 from optserve_client import errors, wire
 from optserve_client._arguments import given
-from optserve_client._remote import SESSION_FIELDS, check_client, described, named_in, sparse_names
-from optserve_client._values import Json, Sparse, StepResult
+from optserve_client._pushing import Hyper, Pusher, plain, worker_of
+from optserve_client._remote import (
+    SESSION_FIELDS,
+    check_client,
+    checked_state,
+    copied,
+    described,
+    named_in,
+    same_bits,
+    sparse_names,
+)
+from optserve_client._values import Sparse, StepResult
 from optserve_client.client import Client
 from optserve_client.session import Session
+from optserve_client.worker import Worker
 
 try:
     import torch
@@ -53,6 +63,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         sparse: Iterable[str] | None = None,
         edits: Literal["content", "version"] = "content",
         session: Mapping[str, Any] | None = None,
+        worker: Worker | str | None = None,
         **hyperparameters: Any,
     ) -> None:
         """Create a session on the server, or open the one that is there.
@@ -69,48 +80,68 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 what the server sent, and keeps that; ``version`` compares only torch's version
                 counter and the address, which does not see ``p.data.clamp_(...)``.
             session: Further fields of :meth:`Client.create`, for example ``clip_grad_norm``.
+            worker: One of several processes that train this model, each with a replica, into the
+                session of the same id, whose ``workers`` are in ``session``. Its name, or a
+                :class:`Worker`. Whoever comes first creates the session, and all start from its
+                parameters.
             **hyperparameters: Of the optimizer.
         """
         check_client(client)
         spec = {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer)
-        spec |= {name: _plain(value) for name, value in hyperparameters.items()}
+        spec |= {name: plain(value) for name, value in hyperparameters.items()}
         self._name = str(spec.get("name"))
-        self._known, defaults, self._needs_loss = described(client, spec)
-        if misplaced := (hyperparameters.keys() & SESSION_FIELDS) - self._known:
+        known, defaults, self._needs_loss = described(client, spec)
+        if misplaced := (hyperparameters.keys() & SESSION_FIELDS) - known:
             field = min(misplaced)
             raise errors.Invalid(
                 f"{field} is a field of the session and no hyperparameter of {self._name}: "
                 f"use session={{{field!r}: {hyperparameters[field]!r:.80}}}"
             )
         self._by_content = edits == "content"
-        self._session: Session | None = None
+        self._pusher: Pusher | None = None
         self._searching = False
-        #: Names in the order of the session, the hyperparameters that the server has for each
-        #: group, and what each parameter was when the server had the same.
+        #: Names in the order of the session, and what each parameter was when the server had the
+        #: same.
         self._names: list[str] = []
-        self._sent: list[Json] = []
+        self._hyper = Hyper(known)
         self._seen: dict[str, Any] = {}
         super().__init__(params, defaults)
-        self._session = client.create(
+        member = worker_of(worker, client, session_id)
+        created = client.create(
             spec,
             {name: _array(p) for name, p in self._parameters()},
-            id=session_id,
-            groups=self._group_specs(spec),
+            id=session_id if member is None else member.session.id,
+            groups=self._hyper.specs(self.param_groups, self._names, self.defaults),
             **given(sparse=sparse_names(self._name, sparse)),
             **dict(session or {}),
         )
-        self._adopt_groups(self._session.info["groups"])
-        if self._session.created:
+        self._pusher = Pusher(created, member, self._hyper)
+        self._hyper.adopt(self.param_groups, created.info["groups"])
+        if created.created and member is None:
             self._note({name: _array(p) for name, p in self._parameters()}, copy=True)
         else:
-            self._take(self._session.params().arrays)
+            self.pull()
 
     @property
     def session(self) -> Session:
         """The session on the server: its status, history, ema weights and the rest of the API."""
-        if self._session is None:
+        return self._there.session
+
+    @property
+    def worker(self) -> Worker | None:
+        """As which of several workers it pushes: its epoch, and the version of the parameters."""
+        return self._there.worker
+
+    @property
+    def result(self) -> StepResult | None:
+        """What the last push of this worker came to: who was in its round, how stale it was."""
+        return self._there.result
+
+    @property
+    def _there(self) -> Pusher:
+        if self._pusher is None:
             raise RuntimeError("the session is not there yet")
-        return self._session
+        return self._pusher
 
     @overload
     def step(
@@ -119,6 +150,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         *,
         loss: float | torch.Tensor | None = None,
         metrics: Mapping[str, float | torch.Tensor] | None = None,
+        weight: float | None = None,
     ) -> None: ...
     @overload
     def step(
@@ -127,6 +159,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         *,
         loss: None = None,
         metrics: Mapping[str, float | torch.Tensor] | None = None,
+        weight: float | None = None,
     ) -> float: ...
     @torch.no_grad()
     def step(
@@ -135,8 +168,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         *,
         loss: float | torch.Tensor | None = None,
         metrics: Mapping[str, float | torch.Tensor] | None = None,
+        weight: float | None = None,
     ) -> float | None:
         """Send the gradients and copy the updated parameters back.
+
+        One of several workers waits for its round, and raises what :meth:`Worker.push` does; the
+        model then has the parameters of now. It never sends parameters: if they were changed
+        between two steps, that is a RuntimeError, and :meth:`pull` brings back the session's.
 
         Args:
             closure: Computes loss and gradients; LBFGS needs it. Its loss goes along, and it is
@@ -145,76 +183,101 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 with one element. For history, for ``best`` and for a ReduceLROnPlateau of the
                 server. One that is not finite is not sent.
             metrics: Further named values, likewise.
+            weight: Of this worker's gradient in a weighted mean, such as its number of samples.
         Returns the loss of the closure's first call, as torch does.
         """
         if closure is None and self._needs_loss:
             raise TypeError(f"{self._name} needs a closure: step(closure)")
         if closure is not None and loss is not None:
             raise TypeError("the loss is given twice: the closure returns it, so leave out loss=")
-        sent = None if loss is None else _number(loss, "loss")
-        values = {key: _number(v, f"metrics[{key!r}]") for key, v in (metrics or {}).items()}
+        if self._there.deltas:
+            raise RuntimeError("the session's workers push deltas: call push_deltas()")
+        sent, values = _numbers(loss, metrics)
         first = None
         if closure is not None:
             first = _evaluate(closure)
             sent = _number(first, "loss")
         if self._searching:  # an earlier step ended inside a line search
             self._seen.clear()
-        result = self._push(sent, values, abandon=self._searching, groups=self._changed_groups())
+        result = self._push(
+            {name: _gradient(p) for name, p in self._parameters()},
+            loss=sent,
+            metrics=values or None,
+            weight=weight,
+            abandon=self._searching,
+        )
         while result.need is not None and closure is not None:
             self._searching = True
-            result = self._push(_number(_evaluate(closure), "loss"), values, inside=True)
+            sent = _number(_evaluate(closure), "loss")
+            gradients = {name: _gradient(p) for name, p in self._parameters()}
+            result = self._push(gradients, loss=sent, metrics=values or None, inside=True)
         self._searching = False
         return first
 
-    def _push(
+    @torch.no_grad()
+    def push_deltas(
         self,
-        loss: float | None,
-        metrics: Mapping[str, float],
         *,
-        groups: list[Json] | None = None,
-        inside: bool = False,
-        abandon: bool = False,
-    ) -> StepResult:
-        edited = (
-            {} if inside else {n: _array(p) for n, p in self._parameters() if self._edited(n, p)}
-        )
-        result = self.session.step(
-            {name: _gradient(p) for name, p in self._parameters()},
-            params=edited or None,
-            groups=groups,
-            loss=loss,
-            metrics=metrics or None,
-            abandon=abandon,
-        )
-        for sent, changed in zip(self._sent, groups or [], strict=False):
-            sent.update(changed)
+        loss: float | torch.Tensor | None = None,
+        metrics: Mapping[str, float | torch.Tensor] | None = None,
+        weight: float | None = None,
+    ) -> None:
+        """Send what the parameters are more than those that came last, and copy the new ones back.
+
+        For a session whose workers push deltas: between two calls an optimizer of torch takes as
+        many steps as it likes, on the same parameters. Arguments are those of :meth:`step`.
+        """
+        if self._there.worker is None or not self._there.deltas:
+            raise RuntimeError(
+                "push_deltas is for one of several workers that push deltas: "
+                "RemoteOptimizer(..., worker='w1', session={'workers': {..., 'push': 'deltas'}})"
+            )
+        sent, values = _numbers(loss, metrics)
+        pulled = self._there.at_hand()
+        deltas = {
+            name: _array(p - _tensor(pulled[name]).to(p.device)) for name, p in self._parameters()
+        }
+        self._push(deltas, loss=sent, metrics=values or None, weight=weight)
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Copy the session's current parameters into the model."""
+        self._take(self._there.pull().arrays)
+
+    def _push(self, tensors: Mapping[str, Any], **told: Any) -> StepResult:
+        there = self._there
+        try:
+            result = there.push(self.param_groups, tensors, self._edits, **told)
+        except (errors.StaleGradient, errors.SessionRewound):
+            if there.worker is not None:
+                self._take(there.at_hand().arrays)
+            raise
         self._take(result.params or {})
-        if result.scheduler is not None and result.scheduler["advance"] == "step":
-            for group, sent, lr in zip(
-                self.param_groups, self._sent, result.scheduler["next_lr"], strict=True
-            ):
-                group["lr"] = sent["lr"] = lr
         return result
+
+    def _edits(self) -> dict[str, wire.Tensor]:
+        return {name: _array(p) for name, p in self._parameters() if self._edited(name, p)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group with parameters of its own, here and on the server."""
+        if self._pusher is not None:
+            self._check_alone("a group is added")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         start = len(self._names)
         named = group.get("param_names") or [str(start + i) for i in range(len(group["params"]))]
         self._names += named
-        if self._session is None:
+        if self._pusher is None:
             return
         added = dict(zip(named, group["params"], strict=True))
         values = {name: _array(p) for name, p in added.items()}
-        hyper = {key: _plain(group[key]) for key in self._known & group.keys()}
         try:
-            reply = self._session.add_group(values, **hyper)
+            reply = self.session.add_group(values, **self._hyper.of(group))
         except BaseException:
             self.param_groups.pop()
             del self._names[start:]
             raise
-        self._adopt_groups(reply["groups"])
+        self._hyper.adopt(self.param_groups, reply["groups"])
         self._note(values, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,34 +294,18 @@ class RemoteOptimizer(torch.optim.Optimizer):
         """
         if STATE not in state_dict:
             raise ValueError(f"this is not the state_dict of a {type(self).__name__}: no {STATE!r}")
-        frame = state_dict[STATE].contiguous().numpy().data
-        tensors, metadata = wire.decode(frame)
-        values = {
-            name.removeprefix("param/"): value
-            for name, value in tensors.items()
-            if name.startswith("param/")
-        }
-        if (names := set(self._names)) != values.keys():
-            odd = sorted(names ^ values.keys())
-            raise ValueError(f"the state_dict has other parameters: {odd[0]!r} is not in both")
-        for name, p in self._parameters():
-            if values[name].shape != tuple(p.shape):
-                there, here = list(values[name].shape), list(p.shape)
-                raise ValueError(
-                    f"the state_dict has {name!r} in the shape {there}, the optimizer in {here}"
-                )
-        saved = named_in(json.loads(metadata.get(wire.META_KEY, "{}")), self._name)
-        if saved != (own := named_in(self.session.info, self._name)):
-            raise ValueError(f"the state_dict is of {saved}, this optimizer is {own}")
-        sizes = [len(group["params"]) for group in state_dict["param_groups"]]
-        if sizes != (here := [len(group["params"]) for group in self.param_groups]):
-            raise ValueError(
-                f"the state_dict has groups of {sizes} parameters, the optimizer of {here}"
-            )
+        self._check_alone("a state is loaded")
+        frame, saved = state_dict[STATE].contiguous().numpy().data, state_dict["param_groups"]
+        values = checked_state(
+            frame,
+            saved,
+            shapes={name: tuple(p.shape) for name, p in self._parameters()},
+            groups=self.param_groups,
+            own=named_in(self.session.info, self._name),
+        )
         self.session.import_state(frame, abandon=True)
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        groups = zip(self.param_groups, self.session.status()["groups"], strict=True)
-        self._sent = [self._hyper(here) | self._hyper(there) for here, there in groups]
+        super().load_state_dict({"state": {}, "param_groups": saved})
+        self._hyper.differ(self.param_groups, self.session.status()["groups"])
         self._searching = False
         self._seen = dict(values) if self._by_content else {}
 
@@ -266,47 +313,23 @@ class RemoteOptimizer(torch.optim.Optimizer):
         raise TypeError(f"a {type(self).__name__} cannot be pickled: save its state_dict()")
 
     def __repr__(self) -> str:
-        where = f"{self._name}, session {self.session.id!r}" if self._session else self._name
+        where = f"{self._name}, session {self.session.id!r}" if self._pusher else self._name
         return super().__repr__().replace(type(self).__name__, f"{type(self).__name__}[{where}]", 1)
+
+    def _check_alone(self, what: str) -> None:
+        if self.worker is not None:
+            raise RuntimeError(f"{what} before there are several workers, not by one of them")
 
     def _parameters(self) -> Iterable[tuple[str, torch.Tensor]]:
         parameters = (p for group in self.param_groups for p in group["params"])
         return zip(self._names, parameters, strict=True)
-
-    def _hyper(self, group: Mapping[str, Any]) -> Json:
-        return {key: _plain(group[key]) for key in self._known & group.keys()}
-
-    def _group_specs(self, spec: Mapping[str, Any]) -> list[Json] | None:
-        """Return ``groups`` of the create body: what differs in each group, by exact names."""
-        specs, start = [], 0
-        for group in self.param_groups:
-            names = self._names[start : start + len(group["params"])]
-            start += len(names)
-            own = {k: v for k, v in self._hyper(group).items() if v != _plain(self.defaults.get(k))}
-            specs.append({**own, "params": names})
-        return specs if len(specs) > 1 or len(specs[0]) > 1 else None
-
-    def _adopt_groups(self, groups: list[Json]) -> None:
-        """Take over the hyperparameters that the server has."""
-        for group, there in zip(self.param_groups, groups, strict=True):
-            hyper = self._hyper(there).items()
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in hyper})
-        self._sent = [self._hyper(group) for group in self.param_groups]
-
-    def _changed_groups(self) -> list[Json] | None:
-        """Return what was changed in ``param_groups`` since the server last heard of it."""
-        changes = [
-            {key: value for key, value in self._hyper(group).items() if sent.get(key) != value}
-            for group, sent in zip(self.param_groups, self._sent, strict=True)
-        ]
-        return changes if any(changes) else None
 
     def _edited(self, name: str, p: torch.Tensor) -> bool:
         if name not in self._seen:
             return True
         if not self._by_content:
             return bool(self._seen[name] != (p._version, p.data_ptr()))
-        return not _same_bits(_array(p), self._seen[name])
+        return not same_bits(_array(p), self._seen[name])
 
     def _take(self, values: Mapping[str, wire.Tensor]) -> None:
         """Copy the server's parameters into the caller's, in place."""
@@ -321,7 +344,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         for name, p in self._parameters():
             if name in values and self._by_content:
                 value = wire.narrow(values[name], wire.dtype_of(_array(p)))
-                self._seen[name] = _copied(value) if copy else value
+                self._seen[name] = copied(value) if copy else value
             elif name in values:
                 self._seen[name] = (p._version, p.data_ptr())
 
@@ -331,23 +354,19 @@ def _evaluate(closure: Callable[[], float]) -> float:
         return closure()
 
 
+def _numbers(
+    loss: float | torch.Tensor | None, metrics: Mapping[str, float | torch.Tensor] | None
+) -> tuple[float | None, dict[str, float]]:
+    named = {key: _number(v, f"metrics[{key!r}]") for key, v in (metrics or {}).items()}
+    return None if loss is None else _number(loss, "loss"), named
+
+
 def _number(value: Any, what: str) -> float:
     """Return a loss or metric, which may be a tensor with one element."""
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         shape = list(value.shape)
         raise TypeError(f"{what} must be a number or a tensor with one element, got shape {shape}")
     return float(value)
-
-
-def _plain(value: Any) -> Any:
-    """Return a hyperparameter as JSON has it."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().tolist()
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
 
 
 def _gradient(p: torch.Tensor) -> wire.Tensor | Sparse | None:
@@ -373,17 +392,3 @@ def _tensor(value: wire.Tensor) -> torch.Tensor:
     if isinstance(value, wire.Bits):
         return torch.from_numpy(value.array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(value)
-
-
-def _copied(value: wire.Tensor) -> wire.Tensor:
-    if isinstance(value, wire.Bits):
-        return wire.Bits(value.array.copy(), value.dtype)
-    return value.copy()
-
-
-def _same_bits(a: wire.Tensor, b: wire.Tensor) -> bool:
-    """Compare bit for bit: a NaN equals itself, and 0.0 is not -0.0."""
-    one = a.array if isinstance(a, wire.Bits) else a
-    other = b.array if isinstance(b, wire.Bits) else b
-    bits = np.dtype(f"u{one.dtype.itemsize}")
-    return one.dtype == other.dtype and np.array_equal(one.view(bits), other.view(bits))

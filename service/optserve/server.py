@@ -33,6 +33,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MMAP_BYTES = 8 << 20
 #: The heap is trimmed when this much is free at its end.
 TRIM_BYTES = 4 << 20
+#: Files, sockets among them, that the process may have open.
+OPEN_FILES = 65_536
 #: Objects made and not freed before the collector looks at the young ones; Python's own is 700.
 COLLECT_AFTER = 10_000
 
@@ -185,14 +187,15 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
-        self._app.state.drain.begun = True
+        self._app.state.drain.begin()
         self._app.state.registry.draining = True
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Leave once every change that had begun is answered, or when time is over."""
+        """Leave once every change that had begun is answered, and everybody who waited for one, or
+        when time is over."""
         assert self.stop_by is not None
-        while self._app.state.drain.open and time.monotonic() < self.stop_by:
+        while self._app.state.drain.busy and time.monotonic() < self.stop_by:
             await asyncio.sleep(DRAIN_LOOK_S)
         self.should_exit = True
 
@@ -209,6 +212,18 @@ def return_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
         mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
+
+
+def allow_connections() -> None:
+    """Raise the number of files that may be open, as far as one may: each client that waits holds a
+    socket, and 1024 is the limit that many systems begin with."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # none elsewhere, or less than said
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+        if resource.RLIM_INFINITY != soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def spare_the_collector() -> None:
@@ -236,6 +251,7 @@ def serve(
             address=address_of(sock),
         )
     return_freed_memory()
+    allow_connections()
     server = Server(app, settings, warm)
     try:
         server.run(sockets=[sock])

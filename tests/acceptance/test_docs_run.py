@@ -105,6 +105,20 @@ def test_the_comparison_of_optimizers_leaves_each_far_below_its_start(
     assert all(float(value) < 0.2 for _, value in rows)  # from 6.45
 
 
+def test_the_workers_of_the_example_train_digits_together(server: ServerProcess) -> None:
+    example = ROOT / "examples" / "workers_digits.py"
+    command = [sys.executable, "-W", "error", example, server.url, "--workers", "3"]
+    done = subprocess.run(
+        [*command, "--epochs", "2"], capture_output=True, text=True, timeout=120, env=environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pushes = re.findall(r"^(w\d): (\d+) pushes, epoch 1$", done.stdout, re.MULTILINE)
+    assert pushes == [("w0", "46"), ("w1", "46"), ("w2", "46")]
+    last = re.search(r"^version 46 after .* s, test accuracy ([\d.]+)%$", done.stdout, re.MULTILINE)
+    assert last is not None
+    assert float(last[1]) > 80  # 10 is chance
+
+
 def test_the_training_run_in_curl_trains(server: ServerProcess) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not on this machine")

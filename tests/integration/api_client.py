@@ -44,6 +44,13 @@ class Api:
     patch = partialmethod(request, "PATCH")
     delete = partialmethod(request, "DELETE")
 
+    def start(self, method: str, url: str, **kwargs: Any) -> asyncio.Task[httpx.Response]:
+        """Send a request that goes on while others are asked for."""
+        return self._loop.create_task(self._client.request(method, url, **kwargs))
+
+    def finish(self, started: asyncio.Task[httpx.Response]) -> httpx.Response:
+        return self._loop.run_until_complete(started)
+
     def together(self, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
         """Send several requests at once."""
 

@@ -28,6 +28,13 @@ SPARSE = f"{V}/bad-sparse"
 HALF = f"{V}/bad-half"
 #: float64, with a scheduler whose next step cannot be computed.
 DOUBLE = f"{V}/bad-double"
+#: SGD with rounds of three: one was closed, one failed, worker ``in`` has pushed into the third.
+#: Worker ``gone`` was removed, ``late`` went on after its push had failed.
+ROUNDS = f"{V}/bad-rounds"
+#: Deltas, in rounds that weigh them.
+SHARES = f"{V}/bad-shares"
+#: Asynchronous, at version 3; gradients may be one version old.
+ASYNC = f"{V}/bad-async"
 #: Imported with a ledger in which worker ``me`` has reached epoch 2.
 FENCED = f"{V}/bad-fenced"
 #: An id that nobody has.
@@ -67,6 +74,21 @@ CREATES: dict[str, dict[str, Any]] = {
         "params": {"w": W},
         "dtype": "float64",
         "scheduler": {"name": "LambdaLR", "lr_lambda": "1 / (5 - epoch)", "advance": "step"},
+    },
+    ROUNDS: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": PARAMS,
+        "workers": {"mode": "sync", "count": 3, "deadline_s": 3600},
+    },
+    SHARES: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": PARAMS,
+        "workers": {"mode": "sync", "count": 2, "reduce": "weighted_mean", "push": "deltas"},
+    },
+    ASYNC: {
+        "optimizer": {"name": "SGD", "lr": 0.1},
+        "params": PARAMS,
+        "workers": {"mode": "async", "max_staleness": 1},
     },
 }
 
@@ -221,5 +243,28 @@ def make(http: httpx.Client) -> None:
     for url, sent in steps:
         reply = http.post(f"{url}/step", **sent)
         assert reply.status_code == 200, reply.text
+    make_rounds(http)
+    for seq in (1, 2, 3):
+        reply = http.post(f"{ASYNC}/step", **push("me", seq, seq - 1))
+        assert reply.status_code == 200, reply.text
     reply = http.put(f"{FENCED}/state", **state(A, ledger__workers__0__epoch=2).sent(http))
     assert reply.status_code == 201, reply.text
+
+
+def push(worker: str, seq: int, base_version: int, **fields: Any) -> dict[str, Any]:
+    return step(worker=worker, seq=seq, base_version=base_version, **fields)
+
+
+def make_rounds(http: httpx.Client) -> None:
+    for name, status in (("gone", 202), ("in", 202), ("late", 200)):
+        reply = http.post(f"{ROUNDS}/step", **push(name, 1, 0, wait_s=0))
+        assert reply.status_code == status, reply.text
+    assert http.delete(f"{ROUNDS}/workers/gone").status_code == 200
+    soon = {"mode": "sync", "count": 3, "deadline_s": 0.01}
+    assert http.patch(ROUNDS, json={"workers": soon}).status_code == 200
+    reply = http.post(f"{ROUNDS}/step", **push("late", 2, 1))
+    assert reply.json()["code"] == "round_failed"
+    fields = {"workers": CREATES[ROUNDS]["workers"], "worker": "late", "seq": 3}
+    assert http.patch(ROUNDS, json=fields).status_code == 200
+    reply = http.post(f"{ROUNDS}/step", **push("in", 2, 1, wait_s=0))
+    assert reply.status_code == 202, reply.text

@@ -10,6 +10,7 @@ import numpy as np
 
 from optserve_client.wire import SAFETENSORS
 from tests.integration.bad_input import (
+    ASYNC,
     CREATES,
     DOUBLE,
     FENCED,
@@ -20,8 +21,10 @@ from tests.integration.bad_input import (
     HALF_GRADS,
     NEW,
     PARAMS,
+    ROUNDS,
     ROWS_OF_E,
     SEARCH,
+    SHARES,
     SPARSE,
     WINDOW,
     A,
@@ -40,6 +43,7 @@ from tests.integration.bad_input import (
     int8,
     optimizer,
     params,
+    push,
     raw,
     scheduled,
     state,
@@ -60,6 +64,7 @@ FIRST_USE = {"optimizer": "SGD", "params": PARAMS}
 MALFORMED = (400, "malformed")
 NOT_FOUND = (404, "not_found")
 NO_SESSION = (404, "session_not_found")
+NO_WORKER = (404, "worker_not_found")
 NO_METHOD = (405, "method_not_allowed")
 NOT_ACCEPTABLE = (406, "not_acceptable")
 CONFLICT = (409, "conflict")
@@ -68,6 +73,8 @@ SEARCH_OPEN = (409, "line_search_open")
 SEQUENCE = (409, "out_of_sequence")
 EXISTS = (409, "session_exists")
 REWOUND = (409, "session_rewound")
+ROUND_FAILED = (409, "round_failed")
+STALE = (409, "stale_gradient")
 VERSION = (409, "version_conflict")
 PRECONDITION = (412, "precondition_failed")
 MEDIA_TYPE = (415, "unsupported_media_type")
@@ -77,6 +84,18 @@ MISSING = (422, "missing_gradient")
 NONFINITE = (422, "nonfinite")
 SCHEDULER = (422, "scheduler_failed")
 TORCH = (422, "torch_refused")
+
+SYNC: dict[str, Any] = {"mode": "sync", "count": 3}
+OPEN = "round 3 is open, 1 workers have pushed; try again when it has ended"
+
+
+def shared(**fields: Any) -> dict[str, Any]:
+    return create(workers={**SYNC, **fields})
+
+
+def unsynced(**fields: Any) -> dict[str, Any]:
+    return create(workers={"mode": "async", **fields})
+
 
 # fmt: off
 # One row is one request: its method, address and body, and the answer to it.
@@ -658,8 +677,6 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "session 'bad-adamw' exists with another configuration: groups, params differ"),
     ("POST", V, create(optimizer={"name": "Adam", "lr": "fast"}), INVALID,
         'optimizer.lr must be a number, got "fast"'),
-    ("POST", V, create(workers={"mode": "sync"}), INVALID,
-        "unknown field 'workers' (did you mean 'order'?)"),
     # hyperparameters
     ("PUT", NEW, optimizer("AdamW", lr=-1), INVALID, "optimizer.lr must be >= 0, got -1.0"),
     ("PUT", NEW, optimizer("AdamW", lr=True), INVALID, "optimizer.lr must be a number, got true"),
@@ -867,7 +884,7 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "return_encoding must be 'list' or 'base64', got 'hex'"),
     ("POST", f"{A}/step", step(return_dtype="int8"), INVALID,
         "return_dtype must be float64, float32, float16 or bfloat16, got 'int8'"),
-    ("POST", f"{A}/step", step(wait_s=1), INVALID, "unknown field 'wait_s'"),
+    ("POST", f"{A}/step", step(wait=1), INVALID, "unknown field 'wait' (did you mean 'wait_s'?)"),
     ("POST", f"{WINDOW}/step", step(params=PARAMS), CONFLICT,
         "params cannot come with a step while accumulate is 3: use PUT params between two windows"),
     # who sent it
@@ -1011,7 +1028,21 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "unknown query parameter 'abandon'; there are epoch, seq, worker"),
     # queries
     ("GET", f"{A}/params?wieghts=ema", {}, INVALID,
-        "unknown query parameter 'wieghts'; there are dtype, encoding, names, weights"),
+        "unknown query parameter 'wieghts'; there are dtype, encoding, min_version, names, "
+        "version, wait_s, weights"),
+    ("GET", f"{A}/params?version=7", {}, VERSION,
+        "version 7 is asked for, the session's version is 19"),
+    ("GET", f"{A}/params?wait_s=1", {}, INVALID,
+        "wait_s needs min_version, the version to wait for"),
+    ("GET", f"{A}/params?min_version=9&wait_s=3601", {}, INVALID,
+        "query parameter wait_s: input should be less than or equal to 3600, got '3601'"),
+    ("GET", f"{A}/params?min_version=9&wait_s=60&weights=ema", {}, INVALID,
+        "weights=ema: the session keeps no EMA; create it with ema"),
+    ("GET", f"{A}/params?min_version=9&wait_s=60&names=z", {}, INVALID,
+        "names: the session has no parameter 'z'"),
+    ("GET", f"{A}/params?min_version=last", {}, INVALID,
+        "query parameter min_version: input should be a valid integer, unable to parse string as "
+        "an integer, got 'last'"),
     ("GET", f"{A}/params?weights=old", {}, INVALID,
         "query parameter weights: input should be 'live', 'eval', 'ema' or 'best', got 'old'"),
     ("GET", f"{A}/params?weights=ema", {}, INVALID,
@@ -1278,6 +1309,181 @@ _TABLE: list[tuple[str, str, dict[str, Any] | Tampered, tuple[int, str], str]] =
         "expected torch.float32 [2, 2]"),
     ("PUT", f"{NEW}/state", state(SPARSE, config__sparse=[]), TORCH,
         "SparseAdam does not support dense gradients, please consider Adam instead"),
+    # several workers
+    ("PUT", NEW, create(workers=[1]), INVALID, "workers must be an object or null, got [1]"),
+    ("PUT", NEW, create(workers={}), INVALID, "workers.mode must be 'sync' or 'async', got none"),
+    ("PUT", NEW, create(workers={"mode": "both"}), INVALID,
+        "workers.mode must be 'sync' or 'async', got 'both'"),
+    ("POST", V, create(workers={"mode": "sync"}), INVALID, "workers.count is missing"),
+    ("PUT", NEW, shared(count=0), INVALID, "workers.count must be >= 1, got 0"),
+    ("PUT", NEW, shared(count=1001), INVALID, "workers.count must be <= 1000, got 1001"),
+    ("PUT", NEW, shared(count=2.5), INVALID, "workers.count must be an integer, got 2.5"),
+    ("PUT", NEW, shared(quorum=4), INVALID, "workers.quorum must be in [1, 3], got 4"),
+    ("PUT", NEW, shared(quorum=0), INVALID, "workers.quorum must be >= 1, got 0"),
+    ("PUT", NEW, shared(deadline_s=0), INVALID, "workers.deadline_s must be > 0, got 0"),
+    ("PUT", NEW, shared(deadline_s=3601), INVALID, "workers.deadline_s must be <= 3600, got 3601"),
+    ("PUT", NEW, shared(reduce="max"), INVALID,
+        "workers.reduce must be 'mean', 'sum', 'weighted_mean', 'median' or 'trimmed_mean', "
+        "got 'max'"),
+    ("PUT", NEW, shared(trim=0.1), INVALID, "workers.trim has no effect with reduce 'mean'"),
+    ("PUT", NEW, shared(reduce="trimmed_mean", trim=0.5), INVALID,
+        "workers.trim must be < 0.5, got 0.5"),
+    ("PUT", NEW, shared(push="params"), INVALID,
+        "workers.push must be 'gradients' or 'deltas', got 'params'"),
+    ("PUT", NEW, shared(max_staleness=1), INVALID, "workers: unknown field 'max_staleness'"),
+    ("PUT", NEW, shared(workers=3), INVALID, "workers: unknown field 'workers'"),
+    ("PUT", NEW, unsynced(count=3), INVALID, "workers: unknown field 'count'"),
+    ("PUT", NEW, unsynced(max_staleness=-1), INVALID, "workers.max_staleness must be >= 0, got -1"),
+    ("PUT", NEW, unsynced(on_stale="damp"), INVALID,
+        "workers.on_stale has no effect without max_staleness"),
+    ("PUT", NEW, unsynced(max_staleness=1, on_stale="drop"), INVALID,
+        "workers.on_stale must be 'reject' or 'damp', got 'drop'"),
+    ("PUT", NEW, create(workers=SYNC, accumulate=2), INVALID,
+        "accumulate cannot be used with rounds: workers.count says how many pushes make an update"),
+    ("PUT", NEW, create(workers={"mode": "async", "max_staleness": 1, "on_stale": "damp"},
+                        accumulate=2), INVALID, "accumulate cannot be used with on_stale 'damp'"),
+    ("PUT", NEW, create(workers=SYNC, optimizer="LBFGS"), INVALID,
+        "workers cannot be used with LBFGS"),
+    ("PUT", NEW, body({"optimizer": "SparseAdam", "params": {"e": W}, "sparse": ["e"],
+                       "workers": {**SYNC, "reduce": "median"}}), INVALID,
+        "workers.reduce 'median' cannot be used with sparse gradients"),
+    ("PUT", ROUNDS, body({**CREATES[ROUNDS], "workers": SYNC}), EXISTS,
+        "session 'bad-rounds' exists with another configuration: workers differs"),
+    ("PATCH", A, body({"workers": {"mode": "sync"}}), INVALID, "workers.count is missing"),
+    ("PATCH", WINDOW, body({"workers": SYNC}), INVALID,
+        "accumulate cannot be used with rounds: workers.count says how many pushes make an update"),
+    ("PATCH", SEARCH, body({"workers": SYNC}), INVALID, "workers cannot be used with LBFGS"),
+    ("PATCH", ROUNDS, body({"accumulate": 2}), INVALID,
+        "accumulate cannot be used with rounds: workers.count says how many pushes make an update"),
+    ("POST", f"{ROUNDS}/step", step(base_version=1), INVALID,
+        "a push into a round needs worker and seq"),
+    ("POST", f"{ROUNDS}/step", with_headers(step(base_version=1), idempotency_key="k"), INVALID,
+        "a push into a round needs worker and seq"),
+    ("POST", f"{ROUNDS}/step", step(worker="x", seq=1), INVALID,
+        "base_version is missing: it tells for which round the push is"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 0), STALE,
+        "base_version is 0, the session's version is 1; the round is over"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 0, **{"return": "none"}), STALE,
+        "base_version is 0, the session's version is 1; the round is over"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 2), VERSION,
+        "base_version is 2, the session's version is 1"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, -1), INVALID, "base_version must be >= 0, got -1"),
+    ("POST", f"{ROUNDS}/step", push("in", 3, 1), CONFLICT,
+        "worker 'in' has pushed into round 3 already"),
+    ("POST", f"{ROUNDS}/step", push("in", 2, 1), REUSED,
+        "worker 'in' sent seq 2 before with another payload"),
+    ("POST", f"{ROUNDS}/step", push("in", 4, 1), SEQUENCE,
+        "worker 'in' sent seq 4, expected 3 (last applied 2)"),
+    ("POST", f"{ROUNDS}/step", push("late", 2, 1), ROUND_FAILED,
+        "the round of seq 2 of worker 'late' failed"),
+    ("POST", f"{ROUNDS}/step", push("late", 2, 1, loss=2), REUSED,
+        "worker 'late' sent seq 2 before with another payload"),
+    ("POST", f"{ROUNDS}/step", push("gone", 1, 0), FENCED_OFF,
+        "worker 'gone' was removed; it has to register again"),
+    ("POST", f"{ROUNDS}/step", push("gone", 2, 1), FENCED_OFF,
+        "worker 'gone' was removed; it has to register again"),
+    ("PATCH", f"{ROUNDS}?worker=gone&seq=2", body({"name": "x"}), FENCED_OFF,
+        "worker 'gone' was removed; it has to register again"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, weight=2), INVALID,
+        "weight has no effect with reduce 'mean'"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, weight=0), INVALID, "weight must be > 0, got 0"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, wait_s=-1), INVALID, "wait_s must be >= 0, got -1"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, wait_s=3601), INVALID,
+        "wait_s must be <= 3600, got 3601"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, wait_s="long"), INVALID,
+        "wait_s must be a number, got 'long'"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, dry_run=True), INVALID,
+        "dry_run cannot be used in a round"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, abandon=True), INVALID,
+        "abandon cannot be used in a round"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, params=PARAMS), CONFLICT,
+        "params cannot come with a push into a round: use PUT params between two rounds"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, groups=[{"lr": -1}]), INVALID,
+        "groups[0].lr must be >= 0, got -1.0"),
+    ("POST", f"{ROUNDS}/step", push("x", 1, 1, generation="old"), REWOUND,
+        "generation 'old' is over, the session's is '<generation>'"),
+    ("POST", f"{ROUNDS}/step",
+        body({"grads": {**GRADS, "b": "NaN"}, "worker": "x", "seq": 1, "base_version": 1}),
+        NONFINITE, "grads['b'] is nan, must be finite"),
+    ("POST", f"{ROUNDS}/step", body({"deltas": GRADS, "worker": "x", "seq": 1, "base_version": 1}),
+        INVALID, "deltas: the session takes grads"),
+    ("POST", f"{ROUNDS}/step",
+        frame({"delta/w": f4(W), "delta/b": f4(0)}, {"worker": "x", "seq": 1, "base_version": 1}),
+        INVALID,
+        "tensor 'delta/w' must be called grad/<name>, param/<name>, sparse/<name>/indices or "
+        "values, topk/<name>/indices or values, or int8/<name>/values or scales"),
+    ("POST", f"{ROUNDS}/step",
+        frame({"grad/w": f4([[1, np.inf], [0, 0]]), "grad/b": f4(0)},
+              {"worker": "x", "seq": 1, "base_version": 1}),
+        NONFINITE, "grads['w'][0, 1] is inf, must be finite"),
+    ("PUT", f"{ROUNDS}/params", body({"params": PARAMS}), CONFLICT, OPEN),
+    ("POST", f"{ROUNDS}/rollback", body({"version": 0}), CONFLICT, OPEN),
+    ("PUT", f"{ROUNDS}/state", state(A), CONFLICT, OPEN),
+    ("POST", f"{ROUNDS}/groups", body({"params": {"v": [1.0]}}), CONFLICT, OPEN),
+    ("PATCH", ROUNDS, body({"workers": None}), CONFLICT, OPEN),
+    ("PATCH", ROUNDS, body({"workers": {**SYNC, "reduce": "sum"}}), CONFLICT, OPEN),
+    ("PATCH", ROUNDS, body({"workers": {**SYNC, "push": "deltas"}}), CONFLICT, OPEN),
+    ("PATCH", ROUNDS, body({"workers": {"mode": "async"}}), CONFLICT, OPEN),
+    ("POST", f"{SHARES}/step",
+        body({"deltas": GRADS, "worker": "x", "seq": 1, "base_version": 0}), INVALID,
+        "weight is missing: the session's reduce is 'weighted_mean'"),
+    ("POST", f"{SHARES}/step", push("x", 1, 0, weight=1), INVALID,
+        "grads: the session takes deltas"),
+    ("POST", f"{SHARES}/step", body({"deltas": {"w": W}, "worker": "x", "seq": 1,
+                                     "base_version": 0, "weight": 1}), MISSING,
+        "parameter 'b' has no gradient; where torch has grad is None, send null or name it in"
+        " none"),
+    ("POST", f"{SHARES}/step",
+        body({"deltas": {**GRADS, "b": "Infinity"}, "worker": "x", "seq": 1, "base_version": 0,
+              "weight": 1}), NONFINITE, "grads['b'] is inf, must be finite"),
+    ("POST", f"{SHARES}/step", frame(grads(), {"worker": "x", "seq": 1, "base_version": 0,
+                                               "weight": 1}), INVALID,
+        "tensor 'grad/w' must be called delta/<name>, param/<name>, sparse/<name>/indices or "
+        "values, topk/<name>/indices or values, or int8/<name>/values or scales"),
+    ("POST", f"{ASYNC}/step", step(), INVALID,
+        "base_version is missing: it tells how stale the gradient is"),
+    ("POST", f"{ASYNC}/step", step(base_version=1), STALE,
+        "base_version is 1, the session's version is 3; max_staleness is 1"),
+    ("POST", f"{ASYNC}/step", push("me", 4, 0), STALE,
+        "base_version is 0, the session's version is 3; max_staleness is 1"),
+    ("POST", f"{ASYNC}/step", step(base_version=4), VERSION,
+        "base_version is 4, the session's version is 3"),
+    ("POST", f"{ASYNC}/step", step(base_version=3, weight=2), INVALID,
+        "weight has no effect outside of rounds"),
+    ("POST", f"{ASYNC}/step", step(base_version=3, params=PARAMS), CONFLICT,
+        "params cannot come with a push of one of several workers: use PUT params"),
+    ("POST", f"{A}/step", step(weight=2), INVALID, "weight has no effect outside of rounds"),
+    # registration
+    ("POST", f"{NEW}/workers", body({"name": "x"}), NO_SESSION, "no session 'bad-new'"),
+    ("GET", f"{NEW}/workers", {}, NO_SESSION, "no session 'bad-new'"),
+    ("DELETE", f"{NEW}/workers/x", {}, NO_SESSION, "no session 'bad-new'"),
+    ("POST", f"{ROUNDS}/workers", body({}), INVALID, "name is missing"),
+    ("POST", f"{ROUNDS}/workers", {}, MALFORMED, "the body is empty, expected an object"),
+    ("POST", f"{ROUNDS}/workers", body(["x"]), MALFORMED,
+        "the body must be a JSON object, got a list"),
+    ("POST", f"{ROUNDS}/workers", body({"name": "a b"}), INVALID,
+        "worker must match [A-Za-z0-9._-]{1,128}, got 'a b'"),
+    ("POST", f"{ROUNDS}/workers", body({"name": 5}), INVALID, "name must be a string, got 5"),
+    ("POST", f"{ROUNDS}/workers", body({"name": None}), INVALID, "name must be a string, got null"),
+    ("POST", f"{ROUNDS}/workers", body({"name": "x" * 129}), INVALID,
+        "worker must match [A-Za-z0-9._-]{1,128}, got "
+        "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'"),
+    ("POST", f"{ROUNDS}/workers", body({"name": "x", "count": 3}), INVALID,
+        "unknown field 'count'"),
+    ("POST", f"{ROUNDS}/workers", body({"name": "x", "worker": "x", "seq": 1}), INVALID,
+        "a registration takes an Idempotency-Key, not worker and seq"),
+    ("POST", f"{ROUNDS}/workers?worker=x&seq=1", body({"name": "x"}), INVALID,
+        "a registration takes an Idempotency-Key, not worker and seq"),
+    ("POST", f"{ROUNDS}/workers?name=x", body({"name": "x"}), INVALID,
+        "unknown query parameter 'name'; there are epoch, seq, worker"),
+    ("DELETE", f"{ROUNDS}/workers/nobody", {}, NO_WORKER, "no worker 'nobody'"),
+    ("DELETE", f"{ROUNDS}/workers/gone", {}, NO_WORKER, "no worker 'gone'"),
+    ("DELETE", f"{ROUNDS}/workers/a%20b", {}, NO_WORKER, "no worker 'a b'"),
+    ("DELETE", f"{ROUNDS}/workers/in", body({"name": "in"}), INVALID, "unknown field 'name'"),
+    ("DELETE", f"{A}/workers/nobody", {}, NO_WORKER, "no worker 'nobody'"),
+    ("PUT", f"{ROUNDS}/workers", body({"name": "x"}), NO_METHOD,
+        "PUT is not possible here; allowed: GET, HEAD, POST"),
+    ("GET", f"{ROUNDS}/workers/in", {}, NO_METHOD, "GET is not possible here; allowed: DELETE"),
 ]
 # fmt: on
 

@@ -389,6 +389,7 @@ HEADER_VALUES = [
 QUERY = [
     *("worker", "epoch", "seq", "abandon", "weights", "names", "encoding", "dtype", "after"),
     *("limit", "format", "steps", "metrics", "cursor", "tag", "order_by", "", "zzz", "min_version"),
+    *("wait_s", "version"),
 ]
 QUERY_VALUES = [
     *("", "1", "0", "-1", "1.5", "nan", "inf", "1e999", "9" * 30, "9" * 5000, "true", "null", "a"),

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from optserve_client import AsyncClient, Client, errors
+from optserve_client import AsyncClient, Client, Worker, errors
 from tests.forked import Forkery
 from tests.serving import ServerProcess, free_port
+from tests.waiting import wait_until
 
 ONE = {"w": np.ones(3, np.float32)}
 
@@ -285,3 +287,45 @@ def test_a_server_that_was_told_to_stop_and_comes_back_costs_nothing(place: Rest
         thread = place.back_soon()
         assert session.step(ONE).version == 2
         thread.join()
+
+
+# Several workers ---------------------------------------------------------------------------------
+
+
+def test_a_push_that_waits_for_its_round_survives_kills_and_counts_once(place: Restarting) -> None:
+    with Client(place.url) as client, ThreadPoolExecutor(2) as threads:
+        workers = {"mode": "sync", "count": 2, "deadline_s": 600}
+        session = client.create("SGD", ONE, lr=0.5, workers=workers)
+        one, two = Worker(client, session.id, "a"), Worker(client, session.id, "b")
+        one.pull()
+        two.pull()
+        for version in (1, 2):
+            waiting = threads.submit(one.push, ONE)
+            wait_until(lambda: session.workers()["round"] is not None, "the first push", 60)
+            place.kill()
+            place.again()
+            result = two.push(ONE)
+            assert (result.version, result.duplicate) == (version, False)
+            assert waiting.result(60).version == version
+        assert [row["contributions"] for row in session.workers()["workers"]] == [2, 2]
+        np.testing.assert_array_equal(session.params()["w"], np.zeros(3))
+
+
+def test_workers_of_a_session_that_lost_its_history_pull_and_go_on(place: Restarting) -> None:
+    with Client(place.url) as client:
+        workers = {"mode": "async", "max_staleness": 100}
+        session = client.create("SGD", ONE, lr=0.5, durability="memory", workers=workers)
+        named = [Worker(client, session.id, name) for name in ("a", "b")]
+        for worker in named:
+            worker.pull()
+            for _ in range(3):
+                worker.push(ONE)
+        place.kill()
+        place.again()
+        for worker, version in zip(named, (1, 2), strict=True):
+            with pytest.raises(errors.SessionRewound):
+                worker.push(ONE)
+            assert worker.version is None
+            worker.pull()
+            assert worker.push(ONE).version == version
+        assert session.status()["updates"] == 2

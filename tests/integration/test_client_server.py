@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import httpx
@@ -503,6 +504,56 @@ def test_a_body_of_many_chunks_goes_up_and_comes_back(client: Client) -> None:
     session = client.create("SGD", {"w": w, "b": w[:3]}, lr=0.5)
     result = session.step({"w": w, "b": w[:3]})
     np.testing.assert_array_equal(params_of(result)["w"], w - np.float32(0.5) * w)
+    session.delete()
+
+
+#: Of a client that is made to wait: what the server may take to answer beyond that.
+IMPATIENT_S = 1.0
+
+
+@pytest.mark.parametrize("over", ["sockets", "httpx"])
+def test_params_can_be_waited_for_longer_than_for_anything_else(
+    client: Client, server: ServerProcess, over: str
+) -> None:
+    session = client.create("SGD", arrays(0), lr=0.1)
+    transport = httpx.HTTPTransport() if over == "httpx" else None
+    with Client(server.url, timeout=IMPATIENT_S, retries=0, transport=transport) as impatient:
+        mine = impatient.session(session.id)
+        assert mine.params(min_version=1) is None
+        assert mine.params(min_version=1, wait_s=1.5 * IMPATIENT_S) is None
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(mine.params, min_version=1, wait_s=60.0)
+            assert not wait([waiting], 1.5 * IMPATIENT_S).done
+            session.step(arrays(1), returns="none")
+            params = waiting.result(30)
+    assert params is not None
+    assert params.version == 1
+    np.testing.assert_array_equal(params["w"], session.params()["w"])
+    session.delete()
+
+
+@pytest.mark.parametrize("over", ["sockets", "httpx"])
+def test_the_awaited_client_waits_for_params_as_well(
+    client: Client, server: ServerProcess, over: str
+) -> None:
+    session = client.create("SGD", arrays(0), lr=0.1)
+
+    async def run() -> None:
+        transport = httpx.AsyncHTTPTransport() if over == "httpx" else None
+        async with AsyncClient(
+            server.url, timeout=IMPATIENT_S, retries=0, transport=transport
+        ) as impatient:
+            mine = impatient.session(session.id)
+            assert await mine.params(min_version=1, wait_s=1.5 * IMPATIENT_S) is None
+            pulls = [mine.params(min_version=1, wait_s=60.0) for _ in range(9)]
+            waiting = [asyncio.create_task(pull) for pull in pulls]
+            assert not (await asyncio.wait(waiting, timeout=1.5 * IMPATIENT_S))[0]
+            await asyncio.to_thread(session.step, arrays(1), returns="none")
+            for params in await asyncio.gather(*waiting):
+                assert params is not None
+                assert params.version == 1
+
+    asyncio.run(run())
     session.delete()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from optserve.optim import catalogue
 from optserve.sessions import snapshots
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from tests.conftest import LONG

@@ -12,8 +12,8 @@ import pytest
 
 from optserve.optim.engine import Engine
 from optserve.sessions import operations
+from optserve.sessions.identity import Identity
 from optserve.sessions.journaling import KEPT_BYTES
-from optserve.sessions.ledger import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from optserve.store.opening import open_store

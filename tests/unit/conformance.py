@@ -43,6 +43,7 @@ TRIALS: Mapping[str, Mapping[str, Any]] = {
     "AdaGC": {"warmup_steps": 3},
     "Alice": {"rank": 2, "leading_basis": 1, "update_interval": 3},
     "ApolloDQN": {"warmup_steps": 3},
+    "FedYogi": {"betas": (0.9, 0.5)},
     "LaProp": {"centered": True, "steps_before_using_centered": 3},
     "Lookahead": {"k": 3},
     "Ranger": {"k": 3},

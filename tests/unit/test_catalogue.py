@@ -14,6 +14,7 @@ import pytorch_optimizer
 import torch
 
 import optserve.optim.adabound
+import optserve.optim.fedopt
 import optserve.optim.swats  # the lines of torch name them
 from optserve.optim import catalogue
 from optserve.optim.catalogue import Entry, find
@@ -26,7 +27,7 @@ TORCHS = {
 NAMED = {
     "SWATS", "Ranger", "Ranger21", "Lookahead", "AdaBelief", "Lion", "Lamb", "LARS", "Yogi", "SOAP",
     "Shampoo", "Prodigy", "ADOPT", "ScheduleFreeAdamW", "ScheduleFreeSGD", "ScheduleFreeRAdam",
-    "Momentum", "Nesterov", "AMSGrad",
+    "Momentum", "Nesterov", "AMSGrad", "FedAdam", "FedYogi",
 }  # fmt: skip
 every_entry = pytest.mark.parametrize("entry", catalogue.entries(), ids=lambda entry: entry.name)
 
@@ -51,7 +52,7 @@ def test_every_class_of_torch_and_every_promised_name_is_listed() -> None:
     ("spelled", "name"),
     [("adamw", "AdamW"), ("adam_w", "AdamW"), ("sparse_adam", "SparseAdam"), ("rmsprop", "RMSprop"),
      ("Schedule-Free SGD", "ScheduleFreeSGD"), ("ams_grad", "AMSGrad"), ("soap", "SOAP"),
-     ("schedule_free", "ScheduleFreeAdamW")],
+     ("schedule_free", "ScheduleFreeAdamW"), ("fed_yogi", "FedYogi")],
 )  # fmt: skip
 def test_lower_case_and_snake_case_are_accepted(spelled: str, name: str) -> None:
     assert find(spelled).name == name

@@ -58,6 +58,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
      'got "x"'),
     ("Aida", {"k": 10**9}, "optimizer.k must be in [1, 1000], got 1000000000"),
     ("Adan", {"maximize": True}, "optimizer: 'maximize' is not a hyperparameter of Adan: it"),
+    ("FedAdam", {"eps": 0}, "optimizer.eps must be > 0, got 0"),
+    ("FedYogi", {"betas": [0.9, 1]}, "optimizer.betas[1] must be in [0, 1), got 1"),
+    ("FedYogi", {"tau": 0.1}, "optimizer: 'tau' is not a hyperparameter of FedYogi: it has lr, "),
     ("FAdam", {"fim_dtype": "int8"}, 'optimizer.fim_dtype must be one of "float32", "float64"'),
     ("Nesterov", {"nesterov": False}, "optimizer: 'nesterov' is not a hyperparameter of Nesterov"),
     # What would have no effect.
@@ -149,6 +152,8 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("Adam", {"step": 3}, "groups[0]: 'step' is not a hyperparameter of Adam"),
     ("RMSprop", {"momentum": 0.9}, "groups[0].momentum is fixed when the session is created"),
     ("Adagrad", {"initial_accumulator_value": 1}, "groups[0].initial_accumulator_value is fixed"),
+    ("FedAdam", {"eps": 0.1}, "groups[0].eps is fixed when the session is created: the state of "
+     "FedAdam was made with it"),
     ("AggMo", {"betas": [0, 0.5, 0.9]}, "groups[0].betas is fixed when the session is created"),
     ("SOAP", {"precondition_1d": True}, "groups[0].precondition_1d is fixed"),
     ("SWATS", {"phase": "sgd"}, "groups[0]: 'phase' is not a hyperparameter of SWATS"),

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from optserve.sessions import ledger as ledger_module
-from optserve.sessions.ledger import KEY_LIFE_S, Duplicate, Identity, Ledger
-from optserve_client.errors import Conflict, Fenced, Invalid, KeyReused, OutOfSequence
+from optserve.sessions.identity import Duplicate, Identity
+from optserve.sessions.ledger import KEY_LIFE_S, Ledger
+from optserve_client.errors import (
+    Conflict,
+    Fenced,
+    Invalid,
+    KeyReused,
+    OptserveError,
+    OutOfSequence,
+    RoundFailed,
+    WorkerNotFound,
+)
 
 NOW = 1_700_000_000.0
 D1, D2 = b"\x01" * 16, b"\xff" * 16
@@ -322,9 +334,14 @@ def test_a_dump_holds_plain_json_values() -> None:
                         "reply": {"version": v},
                         "seq": v,
                         "time": 0.0,
+                        "failed": False,
                     }
                     for v in (1, 2)
                 ],
+                "removed": False,
+                "contributions": 0,
+                "version": None,
+                "seen": NOW,
             }
         ],
         "keys": [
@@ -336,6 +353,379 @@ def test_a_dump_holds_plain_json_values() -> None:
                 "reply": {"version": 8},
                 "seq": 0,
                 "time": NOW,
+                "failed": False,
             }
         ],
     }
+
+
+# --- registration and removal --------------------------------------------------------------------
+
+
+def test_a_registration_begins_an_epoch_and_fences_the_one_before() -> None:
+    ledger = with_seqs(4)
+    assert ledger.next_epoch("w1") == 2
+    ledger.register("w1", 2, NOW + 1)
+    assert ledger.position("w1") == (2, 0)
+    with pytest.raises(Fenced) as refused:
+        ledger.check(by_worker(5, epoch=1), NOW)
+    assert refused.value.extra == {"epoch": 2, "last_seq": 0}
+    assert ledger.check(by_worker(1, epoch=2, digest=D2), NOW) is None
+    with pytest.raises(OutOfSequence):  # what an older one did is nothing that this one repeats
+        ledger.check(by_worker(4, epoch=2), NOW)
+
+
+def test_who_was_never_heard_of_registers_into_epoch_1() -> None:
+    ledger = Ledger()
+    assert ledger.next_epoch("w1") == 1
+    ledger.register("w1", 1, NOW)
+    assert ledger.position("w1") == (1, 0)
+    assert ledger.check(by_worker(1, epoch=1), NOW) is None
+
+
+def test_a_removed_worker_is_fenced_until_it_registers() -> None:
+    ledger = with_seqs(4)
+    ledger.remove("w1")
+    for identity in (by_worker(4), by_worker(5), by_worker(5, epoch=1), by_worker(1, epoch=2)):
+        with pytest.raises(Fenced) as refused:
+            ledger.check(identity, NOW)
+        assert refused.value.detail == "worker 'w1' was removed; it has to register again"
+        assert refused.value.extra == {"epoch": 1, "last_seq": 4, "removed": True}
+    assert list(ledger.workers()) == []
+    assert ledger.next_epoch("w1") == 2
+    ledger.register("w1", 2, NOW)
+    assert ledger.check(by_worker(1, epoch=2), NOW) is None
+    with pytest.raises(Fenced):
+        ledger.check(by_worker(5, epoch=1), NOW)
+
+
+def test_an_older_namesake_of_a_removed_worker_is_not_asked_to_register() -> None:
+    ledger = with_seqs(4)
+    ledger.register("w1", 2, NOW)
+    ledger.remove("w1")
+    with pytest.raises(Fenced, match="sent epoch 1, the current one is 2") as refused:
+        ledger.check(by_worker(5, epoch=1), NOW)
+    assert "removed" not in refused.value.extra
+
+
+def test_only_who_is_there_can_be_removed() -> None:
+    ledger = with_seqs(1)
+    ledger.check_known("w1")
+    ledger.remove("w1")
+    for name in ("w1", "w2"):
+        with pytest.raises(WorkerNotFound) as refused:
+            ledger.check_known(name)
+        assert refused.value.detail == f"no worker {name!r}"
+
+
+def test_the_list_says_what_is_known_of_each_in_byte_order_of_the_names() -> None:
+    ledger = Ledger()
+    for lsn, name in enumerate(["w2", "w10", "W"], start=2):
+        commit(ledger, by_worker(1, name), lsn, NOW + lsn)
+    ledger.pushed("w10", 7)
+    ledger.pushed("w10", None)
+    ledger.register("w2", 2, NOW + 9)
+    rows = list(ledger.workers())
+    assert [row["worker"] for row in rows] == ["W", "w10", "w2"]
+    assert rows[1] == {
+        "worker": "w10",
+        "epoch": 1,
+        "last_seq": 1,
+        "version": None,
+        "contributions": 2,
+        "last_seen": NOW + 3,
+    }
+    assert (rows[2]["epoch"], rows[2]["last_seq"], rows[2]["last_seen"]) == (2, 0, NOW + 9)
+
+
+def test_a_new_epoch_does_not_lose_count_of_the_contributions() -> None:
+    ledger = with_seqs(1)
+    ledger.pushed("w1", 3)
+    ledger.register("w1", 2, NOW)
+    commit(ledger, by_worker(1), 9)
+    ledger.pushed("w1", 4)
+    assert [(row["contributions"], row["version"]) for row in ledger.workers()] == [(2, 4)]
+
+
+def test_registrations_are_forgotten_too_with_what_they_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger_module, "WORKERS", 2)
+    monkeypatch.setattr(ledger_module, "RESULTS", 2)
+    ledger = with_seqs(1, "a")
+    for name in "bcd":
+        ledger.register(name, 1, NOW)
+    assert [r["worker"] for r in ledger.dump()["workers"]] == ["c", "d"]
+    for lsn, seq in enumerate((1, 2, 3), start=9):
+        commit(ledger, by_worker(seq, "d"), lsn)
+    assert ledger.check(by_worker(2, "d"), NOW) is not None
+
+
+# --- rounds --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Push:
+    worker: str
+    epoch: int
+    seq: int
+
+
+def test_a_push_is_answered_by_the_end_of_its_round() -> None:
+    ledger = with_seqs(1)
+    ledger.commit(by_worker(2), applied_version=None, lsn=3, reply={"applied": False}, time=NOW)
+    waiting = ledger.check(by_worker(2), NOW)
+    assert waiting == Duplicate(applied_version=None, reply={"applied": False}, lsn=3)
+    ledger.resolve(Push("w1", 1, 2), applied_version=2, reply={"applied": True})
+    assert ledger.check(by_worker(2), NOW) == Duplicate(
+        applied_version=2, reply={"applied": True}, lsn=3
+    )
+    assert ledger.check(by_worker(3), NOW) is None
+
+
+def test_the_number_of_a_push_whose_round_failed_can_be_used_again_with_any_payload() -> None:
+    ledger = with_seqs(2)
+    ledger.release(Push("w1", 1, 2))
+    for digest in (D1, D2):
+        assert ledger.check(by_worker(2, digest=digest), NOW) is None
+    commit(ledger, by_worker(2, digest=D2), 9)
+    assert ledger.position("w1") == (1, 2)
+    duplicate = ledger.check(by_worker(2, digest=D2), NOW)
+    assert duplicate is not None
+    assert duplicate.lsn == 9
+    with pytest.raises(KeyReused):
+        ledger.check(by_worker(2, digest=D1), NOW)
+    assert ledger.check(by_worker(1), NOW) is not None
+
+
+def test_the_number_of_a_push_whose_round_failed_can_be_skipped() -> None:
+    ledger = with_seqs(2)
+    ledger.release(Push("w1", 1, 2))
+    assert ledger.check(by_worker(3), NOW) is None
+    commit(ledger, by_worker(3), 9)
+    with pytest.raises(RoundFailed) as refused:
+        ledger.check(by_worker(2), NOW)
+    assert refused.value.detail == "the round of seq 2 of worker 'w1' failed"
+    assert refused.value.extra == {"epoch": 1, "last_seq": 3}
+    with pytest.raises(KeyReused):
+        ledger.check(by_worker(2, digest=D2), NOW)
+
+
+def test_two_numbers_after_a_failed_one_are_a_gap() -> None:
+    ledger = with_seqs(2)
+    ledger.release(Push("w1", 1, 2))
+    with pytest.raises(OutOfSequence):
+        ledger.check(by_worker(4), NOW)
+
+
+@pytest.mark.parametrize("end", ["resolve", "release"])
+def test_the_end_of_a_round_says_nothing_of_a_later_epoch(end: str) -> None:
+    ledger = with_seqs(2)
+    ledger.register("w1", 2, NOW)
+    for seq in (1, 2):
+        commit(ledger, by_worker(seq), 5 + seq)
+    before = ledger.dump()
+    _end(ledger, end, Push("w1", 1, 2))
+    assert ledger.dump() == before
+
+
+@pytest.mark.parametrize("end", ["resolve", "release"])
+def test_the_end_of_a_round_passes_over_what_is_forgotten(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "RESULTS_PER_WORKER", 2)
+    ledger = with_seqs(4)
+    before = ledger.dump()
+    for push in (Push("w1", 1, 2), Push("nobody", 1, 1)):
+        _end(ledger, end, push)
+    assert ledger.dump() == before
+
+
+def test_the_push_of_a_removed_worker_is_resolved_all_the_same() -> None:
+    ledger = with_seqs(2)
+    ledger.remove("w1")
+    ledger.release(Push("w1", 1, 2))
+    assert ledger.dump()["workers"][0]["results"][-1]["failed"] is True
+
+
+def _end(ledger: Ledger, end: str, push: Push) -> None:
+    if end == "resolve":
+        ledger.resolve(push, applied_version=9, reply={})
+    else:
+        ledger.release(push)
+
+
+# --- dumps of workers ----------------------------------------------------------------------------
+
+
+def test_a_dump_of_before_there_were_rounds_is_read() -> None:
+    old = with_seqs(3).dump()
+    for worker in old["workers"]:
+        for name in ("removed", "contributions", "version", "seen"):
+            del worker[name]
+        for result in worker["results"]:
+            del result["failed"]
+    ledger = Ledger.load(old)
+    assert ledger.check(by_worker(3), NOW) is not None
+    assert ledger.check(by_worker(4), NOW) is None
+    assert next(ledger.workers())["contributions"] == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fault"),
+    [
+        ("removed", "false", "removed 'false'"),
+        ("contributions", "3", "contributions '3'"),
+        ("contributions", -1, f"seen {NOW}, -1 contributions"),
+        ("contributions", True, "contributions True"),
+        ("version", 1.5, "version 1.5"),
+        ("seen", "nan", "seen 'nan'"),
+        ("seen", float("inf"), "seen inf, 0 contributions"),
+    ],
+)
+def test_a_dump_that_no_commits_can_have_made_is_refused(
+    field: str, value: Any, fault: str
+) -> None:
+    dump = with_seqs(1).dump()
+    dump["workers"][0][field] = value
+    with pytest.raises(Invalid) as refused:
+        Ledger.load(dump)
+    assert refused.value.detail == f"the state file's ledger cannot be read: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fault"),
+    [("failed", 1, "failed is a int"), ("time", float("inf"), "time is inf")],
+)
+def test_a_result_that_no_commit_can_have_made_is_refused(
+    field: str, value: Any, fault: str
+) -> None:
+    dump = with_seqs(1).dump()
+    dump["workers"][0]["results"][0][field] = value
+    with pytest.raises(Invalid) as refused:
+        Ledger.load(dump)
+    assert refused.value.detail == f"the state file's ledger cannot be read: {fault}"
+
+
+# --- against a model -----------------------------------------------------------------------------
+
+
+class Life(RuleBasedStateMachine):
+    """Workers that push, repeat, register and go; a model that forgets nothing but what is bound
+    to be forgotten."""
+
+    RESULTS = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(ledger_module, "RESULTS_PER_WORKER", self.RESULTS)
+        self.ledger = Ledger()
+        self.lsn = 1
+        #: Epoch, removed, and of each seq digest, applied version and whether its round failed.
+        self.known: dict[str, tuple[int, bool, list[tuple[bytes, int | None, bool]]]] = {}
+        #: In the open round.
+        self.open: dict[str, Push] = {}
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+    def expected(self, name: str, epoch: int | None, seq: int, digest: bytes) -> str:
+        current, removed, results = self.known.get(name, (1, False, []))
+        if removed or (epoch is not None and epoch < current):
+            return "fenced"
+        if epoch is not None and epoch > current:
+            return "out_of_sequence"
+        if seq == len(results) + 1 or (seq == len(results) and results[-1][2]):
+            return "new"
+        if seq > len(results) or seq <= len(results) - self.RESULTS:
+            return "out_of_sequence"
+        before, _, failed = results[seq - 1]
+        if before != digest:
+            return "key_reused"
+        return "round_failed" if failed else "duplicate"
+
+    @rule(
+        name=st.sampled_from("abc"),
+        back=st.integers(-1, 4),
+        older=st.sampled_from([None, None, 0, 0, 1, -1]),
+        digest=st.sampled_from([D1, D1, D2]),
+        pushes=st.booleans(),
+    )
+    def send(self, name: str, back: int, older: int | None, digest: bytes, pushes: bool) -> None:
+        current, removed, results = self.known.get(name, (1, False, []))
+        epoch, seq = None if older is None else current - older, len(results) + 1 - back
+        if seq < 1 or (epoch is not None and epoch < 1):
+            return
+        identity = by_worker(seq, name, epoch, digest)
+        want = self.expected(name, epoch, seq, digest)
+        if want not in ("new", "duplicate"):
+            with pytest.raises(OptserveError) as refused:
+                self.ledger.check(identity, NOW)
+            assert refused.value.code == want
+            return
+        duplicate = self.ledger.check(identity, NOW)
+        if want == "duplicate":
+            assert duplicate is not None
+            assert duplicate.applied_version == results[seq - 1][1]
+            return
+        assert duplicate is None
+        self.lsn += 1
+        pushes = pushes and name not in self.open
+        made = None if pushes else self.lsn
+        self.ledger.commit(identity, applied_version=made, lsn=self.lsn, reply={}, time=NOW)
+        self.known[name] = (current, removed, [*results[: seq - 1], (digest, made, False)])
+        if pushes:
+            self.open[name] = Push(name, current, seq)
+
+    @rule(closes=st.booleans())
+    def end_round(self, closes: bool) -> None:
+        self.lsn += 1
+        for push in self.open.values():
+            if closes:
+                self.ledger.resolve(push, applied_version=self.lsn, reply={})
+            else:
+                self.ledger.release(push)
+            epoch, _, results = self.known[push.worker]
+            if epoch == push.epoch and push.seq > len(results) - self.RESULTS:
+                digest, _, _ = results[push.seq - 1]
+                results[push.seq - 1] = (digest, self.lsn if closes else None, not closes)
+        self.open = {}
+
+    @rule(name=st.sampled_from("abc"))
+    def register(self, name: str) -> None:
+        epoch = self.ledger.next_epoch(name)
+        assert epoch == (self.known[name][0] + 1 if name in self.known else 1)
+        self.ledger.register(name, epoch, NOW)
+        self.known[name] = (epoch, False, [])
+
+    @rule(name=st.sampled_from("abc"))
+    def remove(self, name: str) -> None:
+        if name not in self.known or self.known[name][1]:
+            with pytest.raises(WorkerNotFound):
+                self.ledger.check_known(name)
+            return
+        self.ledger.check_known(name)
+        self.ledger.remove(name)
+        epoch, _, results = self.known[name]
+        self.known[name] = (epoch, True, results)
+
+    @rule()
+    def read_back(self) -> None:
+        text = json.dumps(self.ledger.dump(), allow_nan=False)
+        self.ledger = Ledger.load(json.loads(text))
+        assert json.dumps(self.ledger.dump()) == text
+
+    @invariant()
+    def lists_who_is_there(self) -> None:
+        want = {
+            name: (epoch, len(results))
+            for name, (epoch, removed, results) in self.known.items()
+            if not removed
+        }
+        rows = list(self.ledger.workers())
+        assert {row["worker"]: (row["epoch"], row["last_seq"]) for row in rows} == want
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -17,11 +17,13 @@ import optserve_client
 from optserve_client import (
     AsyncClient,
     AsyncSession,
+    AsyncWorker,
     Client,
     Params,
     Retry,
     Session,
     Sparse,
+    Worker,
     errors,
     wire,
 )
@@ -91,13 +93,15 @@ def surface(cls: type) -> dict[str, list[tuple[str, Any, Any]]]:
     }
 
 
-@pytest.mark.parametrize("one, other", [(Client, AsyncClient), (Session, AsyncSession)])
+@pytest.mark.parametrize(
+    "one, other", [(Client, AsyncClient), (Session, AsyncSession), (Worker, AsyncWorker)]
+)
 def test_both_clients_have_the_same_methods_with_the_same_arguments(one: type, other: type) -> None:
     assert surface(one) == surface(other)
-    assert len(surface(one)) > 10
+    assert len(surface(one)) > 5
 
 
-@pytest.mark.parametrize("cls", [Client, AsyncClient, Session, AsyncSession])
+@pytest.mark.parametrize("cls", [Client, AsyncClient, Session, AsyncSession, Worker, AsyncWorker])
 def test_every_public_method_says_what_it_does(cls: type) -> None:
     for name, member in inspect.getmembers(cls, inspect.isfunction):
         if not name.startswith("_"):
@@ -335,6 +339,45 @@ def test_params_come_with_an_etag_and_304_returns_the_ones_at_hand() -> None:
     assert isinstance(got, Params)
     assert (got.version, list(got), len(got)) == (4, ["w"], 1)
     np.testing.assert_array_equal(got["w"], np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("etag", "min_version", "returned"),
+    [
+        ('"g.4"', 4, True),  # what there is, and enough
+        ('"g.4"', 5, False),
+        ('"g.5"', 6, False),
+        ('"h.2"', 3, False),  # lost history: 4 of the old generation is not 3 of the new one
+    ],
+)
+def test_304_to_a_pull_that_waits_is_none_unless_what_is_at_hand_is_it(
+    etag: str, min_version: int, returned: bool
+) -> None:
+    first = frame({"version": 4, "generation": "g"}, w=np.ones(2))
+    first.headers["etag"] = '"g.4"'
+    net = Wire(first, httpx.Response(304, headers={"etag": etag}), httpx.Response(304))
+    with client(net) as c:
+        known = c.session("s").params()
+        wait = {"min_version": min_version, "wait_s": 0.5}
+        got = c.session("s").params(if_none_match=known, **wait)  # type: ignore[call-overload]
+        assert got is (known if returned else None)
+        assert c.session("s").params(min_version=min_version) is None
+    query = f"weights=live&min_version={min_version}".encode()
+    assert [request.url.query for request in net.requests[1:]] == [query + b"&wait_s=0.5", query]
+
+
+@pytest.mark.parametrize(
+    ("wait", "sentence"),
+    [
+        ({"wait_s": 1.0}, "wait_s needs min_version, the version to wait for"),
+        ({"min_version": 1, "wait_s": -1}, "wait_s must be a number of seconds, got -1"),
+        ({"min_version": 1, "wait_s": float("nan")}, "wait_s must be a number of seconds, got nan"),
+    ],
+)
+def test_a_wait_that_cannot_be_is_not_asked_for(wait: dict[str, Any], sentence: str) -> None:
+    with client(Wire()) as c, pytest.raises(errors.Invalid) as caught:
+        c.session("s").params(**wait)
+    assert caught.value.detail == sentence
 
 
 def call_everything(session: Any) -> list[Any]:

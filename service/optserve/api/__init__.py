@@ -7,7 +7,9 @@
 ``bodies``       the body's bytes, under limits and deadlines
 ``decode``       fields, tensors and sender out of JSON (``json_text``) or a safetensors frame
 ``one_call``     the same for a step that may create its session
-``waiting``      the session's answer; large work is kept off the event loop
+``waiting``      the session's answer, or whatever else is to happen first; large work is kept off
+                 the event loop
+``pulling``      pulls that wait for a version, and those that come together
 ``replies``      JSON or safetensors out of it
 
 ``openapi`` joins what the routes say of themselves with ``schemas`` and ``reply_schemas``;

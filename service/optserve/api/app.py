@@ -25,9 +25,11 @@ from optserve.api import (
     state,
     step,
     versions,
+    workers,
 )
 from optserve.api.draining import Drain
 from optserve.api.edge import Edge
+from optserve.api.pulling import Shared
 from optserve.api.routing import Direct, Handler
 from optserve.sessions.registry import Registry
 from optserve.settings import Settings
@@ -42,6 +44,7 @@ MODULES = (
     scheduler,
     history,
     versions,
+    workers,
     state,
     catalogue,
     docs_page,
@@ -79,6 +82,7 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
     )
     app.state.registry = registry
     app.state.drain = drain
+    app.state.shared = Shared()
     app.state.settings = settings
     for module in MODULES:
         # Not include_router, which would put a second lookup before each request.

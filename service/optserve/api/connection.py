@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -47,6 +47,14 @@ UNBROKEN_BYTES = 8 * 2**20
 
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol, whose requests come with an :class:`Exchange`."""
+
+    #: Called if the client goes away.
+    tell_gone: Callable[[], object] | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.tell_gone is not None:
+            self.tell_gone()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         super()._start_asgi_task(cycle, cast(Any, Exchange(self, cycle, app)))
@@ -131,6 +139,20 @@ class Exchange:
         self._lent = None
         self._connection.body_was_read()
         lent.hand_back()
+
+    # --- the client ------------------------------------------------------------------------------
+
+    def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have ``tell`` called when the client goes away; return what takes that back."""
+        if self._cycle.disconnected:
+            tell()
+        else:
+            self._cycle.flow.resume_reading()  # who does not read does not see the end
+            self._connection.tell_gone = tell
+        return self._forget
+
+    def _forget(self) -> None:
+        self._connection.tell_gone = None
 
     # --- the answer ------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from optserve.api.waiting import off_loop
 from optserve.optim import devices
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import MAX_INT, shown, unknown
-from optserve.sessions.ledger import KEY_LENGTH, Identity, check_identity
+from optserve.sessions.identity import KEY_LENGTH, Identity, check_identity
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed
 from optserve_client.wire import META_KEY, BytesLike, Tensor
@@ -33,7 +33,7 @@ _VISIBLE = re.compile(r"[\x21-\x7e]+")
 # --- who sent it ---------------------------------------------------------------------------------
 
 
-def read_claim(
+async def read_claim(
     worker: Annotated[
         str | None,
         Query(description="Who sends this; also as a field of a JSON object body."),

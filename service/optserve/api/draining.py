@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from optserve_client.errors import Unavailable
 
@@ -12,13 +13,30 @@ READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Drain:
-    """The changes under way. Used on the event loop only."""
+    """The changes under way, and who waits. Used on the event loop only."""
 
     def __init__(self) -> None:
         #: The server stops.
         self.begun = False
         #: Requests that may change something and are not answered yet.
         self.open = 0
+        self._waiting: set[Callable[[], object]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way that a stop waits for."""
+        return self.open > 0 or bool(self._waiting)
+
+    def begin(self) -> None:
+        """The server stops: whoever waits is told, and answers."""
+        self.begun = True
+        for tell in tuple(self._waiting):
+            tell()
+
+    def when_begun(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Have ``tell`` called when the server begins to stop; return what takes that back."""
+        self._waiting.add(tell)
+        return partial(self._waiting.discard, tell)
 
     @contextmanager
     def change(self, method: str) -> Iterator[None]:

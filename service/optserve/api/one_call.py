@@ -24,7 +24,7 @@ from optserve.api.routing import TENANT, registry_of
 from optserve.api.waiting import done, loaded, off_loop
 from optserve.sessions import config as configs
 from optserve.sessions.fields import StepFields
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from optserve.sessions.step import Step
@@ -96,7 +96,8 @@ class _Call:
         A session that this creates is appended to ``made``.
         """
         assert self.create is not None
-        rest = {key: value for key, value in self.step.items() if key not in ("grads", "params")}
+        tensors = ("grads", "deltas", "params")
+        rest = {key: value for key, value in self.step.items() if key not in tensors}
         StepFields.parse(rest)  # what is wrong with the step should not leave a session behind
         named = None if "order" in self.create else order
         future = registry.create(
@@ -126,7 +127,7 @@ async def first_use(request: Request) -> AsyncIterator[FirstUse]:
 
 async def _from_json(request: Request, made: list[Session]) -> FirstUse:
     raw = await Body(request, settings_of(request).max_json_bytes).read()
-    body = await off_loop(len(raw), loads_tensors, raw, "grads", "params")
+    body = await off_loop(len(raw), loads_tensors, raw, "grads", "deltas", "params")
     digest = await off_loop(len(raw), digest_of, request, "step", raw)
     call, registry = _Call.of(body), registry_of(request)
     session = await call.find(registry)

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from optserve.api import reply_schemas, schemas
 from optserve.api.schemas import ref
-from optserve.sessions.ledger import KEY_LENGTH
+from optserve.sessions.identity import KEY_LENGTH
 from optserve_client.errors import Damaged, OptserveError, OutOfSpace, Unavailable
 from optserve_client.wire import SAFETENSORS
 
@@ -33,6 +33,7 @@ TAGS = [
     {"name": "params", "description": "Pull and overwrite."},
     {"name": "groups", "description": "Hyperparameters of torch's param_groups."},
     {"name": "scheduler", "description": "Learning-rate schedules."},
+    {"name": "workers", "description": "Who pushes into a session that several share."},
     {"name": "history", "description": "What happened, version by version."},
     {"name": "versions", "description": "Go back, and keep what to go back to."},
     {"name": "state", "description": "A session as one file."},

@@ -12,11 +12,13 @@ from optserve.api.coded import VARY
 from optserve.api.decode import Claim, read_request
 from optserve.api.negotiation import matching
 from optserve.api.openapi import BINARY, operation
+from optserve.api.pulling import Version, in_memory, pull
 from optserve.api.replies import Encoding, encode_params, encode_reply
 from optserve.api.routing import Media, SessionId, router, session_of
 from optserve.api.waiting import done, loaded
 from optserve.optim.layout import Layout
 from optserve.sessions.operations import SetParams
+from optserve.sessions.published import etag_at
 from optserve_client import wire
 from optserve_client.errors import (
     Conflict,
@@ -25,6 +27,8 @@ from optserve_client.errors import (
     Nonfinite,
     PreconditionFailed,
     SessionNotFound,
+    Unavailable,
+    VersionConflict,
 )
 
 routes = router("params")
@@ -41,13 +45,14 @@ DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
         binary_reply=True,
         also={304: None},
         etag=True,
-        errors=[SessionNotFound],
+        errors=[SessionNotFound, VersionConflict, Unavailable],
     ),
 )
 async def get_params(
     session_id: SessionId,
     request: Request,
     media: Media,
+    at: Version,
     weights: Annotated[
         Weights,
         Query(description="`eval`: as ScheduleFree has them; `ema`, `best`: if kept."),
@@ -63,27 +68,38 @@ async def get_params(
         str | None, Header(description="An ETag from before; 304 if nothing has changed.")
     ] = None,
 ) -> Response:
-    """The params of the current version, in the session's order."""
+    """The params of the current version, in the session's order. 304 also says that the version is
+    still below `min_version`."""
     session = session_of(request, session_id)
-    published = await done(session.published(weights))
-    if names is not None:
-        published = published.subset(split_names(names, session.layout))
-    tag = wire.dtype_tag(dtype) if dtype else published.layout.dtype
+    await in_memory(session, request)
+    layout = session.layout if names is None else chosen(names, session.layout)
     form = encoding if media == "application/json" else "binary"
+    published = await pull(session, weights, at, request)
+    if published is None:
+        name = dtype or wire.dtype_name(layout.dtype)
+        return not_modified(etag_at(session.row, weights, layout, form, name))
+    if names is not None:
+        published = published.subset(layout.names)
+    tag = wire.dtype_tag(dtype) if dtype else published.layout.dtype
     etag = published.etag(form, wire.dtype_name(tag))
     if if_none_match is not None and (known := matching(etag, if_none_match)):
-        return Response(status_code=304, headers={"etag": known, "vary": VARY})
+        return not_modified(known)
     return await encode_params(media, session.id, published, encoding, tag, etag)
 
 
-def split_names(given: list[str], layout: Layout) -> list[str]:
-    """Return the names asked for; a comma separates, unless it belongs to a name that exists."""
+def not_modified(etag: str) -> Response:
+    return Response(status_code=304, headers={"etag": etag, "vary": VARY})
+
+
+def chosen(given: list[str], layout: Layout) -> Layout:
+    """Return the part of ``layout`` that is asked for; a comma separates names, unless it belongs
+    to one that exists."""
     names: list[str] = []
     for text in given:
         names += [text] if text in layout.by_name else text.split(",")
     if missing := [name for name in names if name not in layout.by_name]:
         raise Invalid(f"names: the session has no parameter {missing[0]!r:.80}", field="names")
-    return names
+    return layout.subset(names)
 
 
 @routes.put(

@@ -13,11 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
+from optserve.api.replies import PROBLEM
 from optserve_client import errors
 
 log = structlog.get_logger(__name__)
 
-PROBLEM = "application/problem+json"
 #: Seconds after which a request may come again that could not be served now, by status. A disk is
 #: not emptied in a moment.
 RETRY_AFTER_S = {503: 1, 507: 5}

@@ -24,6 +24,7 @@ from optserve_client.wire import META_KEY, SAFETENSORS
 _STRICT = json.JSONEncoder(allow_nan=False)
 
 JSON = "application/json"
+PROBLEM = "application/problem+json"
 Encoding = Literal["list", "base64"]
 #: Of an array whose numbers become text at once.
 LISTED_BYTES = 2**18
@@ -184,8 +185,10 @@ async def encode_reply(media: str, reply: Reply, *, created: bool = False) -> Re
     ``created``: the request created the session, although the reply is about something else.
     """
     fields = {**reply.scalars, "created": True} if created else reply.scalars
-    status, headers = 200, {}
-    if fields.get("created"):
+    status, headers = 200 if reply.pending is None else 202, {}
+    if reply.refusal is not None:
+        fields, status = reply.refusal.problem(), reply.refusal.status
+    elif fields.get("created"):
         status, headers = 201, {"location": f"/v1/sessions/{fields['id']}"}
     dtype = wire.dtype_tag(reply.dtype) if reply.dtype else None
     encoding: Encoding = "base64" if reply.encoding == "base64" else "list"
@@ -218,7 +221,7 @@ async def _encode(
         return PartsResponse(tensor_frame(params, dtype, fields), status, headers)
     nbytes = params.layout.nbytes if params else 0
     parts = await off_loop(nbytes, _json_parts, fields, params, encoding, dtype)
-    return PartsResponse(parts, status, headers, JSON)
+    return PartsResponse(parts, status, headers, JSON if status < 400 else PROBLEM)
 
 
 def _json_parts(

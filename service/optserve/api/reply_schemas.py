@@ -79,6 +79,31 @@ _STATUS: Members = {
     "params": by_name(an_object({"shape": a_list(COUNT), "dtype": STRING}, ["shape", "dtype"])),
 }
 _CREATED: Members = {**_STATUS, "created": BOOLEAN, "duplicate": BOOLEAN}
+_ROUND: Members = {
+    "number": COUNT,
+    "base_version": COUNT,
+    "contributed": a_list(STRING),
+    "count": COUNT,
+    "deadline_at": _TIME,
+    "workers": {**a_list(STRING), "description": "Whose pushes made the update."},
+    "missing": {**COUNT, "description": "How many more were waited for."},
+    "closed_by": {"enum": ["count", "deadline"]},
+}
+_OPEN: Members = {
+    **{name: _ROUND[name] for name in ("number", "base_version", "contributed", "count")},
+    "quorum": COUNT,
+    "opened_at": _TIME,
+    "deadline_at": _TIME,
+}
+_WORKER: Members = {
+    "worker": STRING,
+    "epoch": COUNT,
+    "last_seq": COUNT,
+    "version": {**nullable(COUNT), "description": "That its last push was computed on."},
+    "staleness": {**nullable(COUNT), "description": "How far the session is ahead of that."},
+    "contributions": {**COUNT, "description": "Its pushes that were committed."},
+    "last_seen": _TIME,
+}
 _STEP: Members = {
     **_COUNTERS,
     "applied": BOOLEAN,
@@ -94,6 +119,12 @@ _STEP_MORE: Members = {
     "returned": {"enum": ["params", "delta"], "description": "If not what was asked for."},
     "params": ref("Params"),
     "created": BOOLEAN,
+    "round": {
+        **an_object(_ROUND, ["number", "base_version"]),
+        "description": "Of a push: who is in so far (202), or who was in (200).",
+    },
+    "staleness": {**COUNT, "description": "Versions that were made since the gradient's."},
+    "weight": {"type": "number", "description": "What a stale gradient was multiplied by."},
 }
 _ROW: Members = {
     "version": COUNT,
@@ -160,6 +191,24 @@ REPLIES: dict[str, Schema] = {
             "forked_from": an_object({"id": STRING, "generation": STRING, "version": COUNT}),
         },
         _CREATED,
+    ),
+    "WorkerReply": an_object(
+        {
+            **_COUNTERS,
+            "worker": STRING,
+            "epoch": COUNT,
+            "last_seq": COUNT,
+            "removed": BOOLEAN,
+        },
+        [*_COUNTERS, "worker", "epoch", "last_seq"],
+    ),
+    "Workers": _all(
+        {
+            "id": STRING,
+            "version": COUNT,
+            "workers": a_list(_all(_WORKER)),
+            "round": nullable(_all(_OPEN)),
+        }
     ),
     "DeleteReply": _all({"id": STRING, "deleted": BOOLEAN, "version": COUNT}),
     "Session": _all(_STATUS),

@@ -111,7 +111,18 @@ def json_media(request: Request) -> str:
     return negotiate(headers_of(request).get("accept"), (JSON,))
 
 
+# FastAPI calls in a thread what is not async, which takes longer than these do.
+
+
+async def _any_media(request: Request) -> str:
+    return any_media(request)
+
+
+async def _json_media(request: Request) -> str:
+    return json_media(request)
+
+
 #: The media type of a reply that may hold tensors.
-Media = Annotated[str, Depends(any_media)]
+Media = Annotated[str, Depends(_any_media)]
 #: The same where there is only JSON.
-JsonMedia = Annotated[str, Depends(json_media)]
+JsonMedia = Annotated[str, Depends(_json_media)]

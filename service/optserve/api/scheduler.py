@@ -16,8 +16,9 @@ from optserve.api.routing import JsonMedia, Media, SessionId, router, session_of
 from optserve.api.waiting import done
 from optserve.optim import catalogue
 from optserve.optim.preview import preview
+from optserve.sessions import describe
 from optserve.sessions.fields import Fields
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.operations import AdvanceScheduler, SetScheduler
 from optserve_client.errors import (
     Conflict,
@@ -35,7 +36,7 @@ routes = router("scheduler")
 )
 async def get_scheduler(session_id: SessionId, request: Request, media: JsonMedia) -> Response:
     """Its normalised specification, where it stands, and the learning rates that come next."""
-    return json_response(await done(session_of(request, session_id).scheduler()))
+    return json_response(await done(session_of(request, session_id).run(describe.scheduler)))
 
 
 @routes.put(
@@ -115,7 +116,7 @@ async def preview_scheduler(
     ] = None,
 ) -> Response:
     """Row `i` is what the `i`-th update from now uses, if the scheduler advances after each one."""
-    outlook = await done(session_of(request, session_id).outlook())
+    outlook = await done(session_of(request, session_id).run(describe.Outlook.of))
     return json_response(await asyncio.to_thread(outlook.ahead, steps, metrics))
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from optserve.sessions.config import CreateFields, ForkFields, PatchFields
 from optserve.sessions.fields import StepFields
+from optserve.sessions.workers import AsyncWorkers, SyncWorkers
 
 Schema = dict[str, Any]
 
@@ -78,7 +79,8 @@ def nested_models() -> dict[str, Schema]:
     nested: dict[str, Schema] = {}
     for model in (CreateFields, StepFields, ForkFields):
         nested |= model.model_json_schema(ref_template=REF + "{model}").get("$defs", {})
-    return nested
+    modes: tuple[type[BaseModel], ...] = (SyncWorkers, AsyncWorkers)
+    return nested | {model.__name__: of_model(model, {}) for model in modes}
 
 
 TENSORS: dict[str, Schema] = {
@@ -160,6 +162,7 @@ EXAMPLES: dict[str, Any] = {
     "AddGroupBody": {"params": {"v": [0.5]}, "lr": 0.01},
     "MetricsBody": {"version": 0, "metrics": {"accuracy": 0.9}},
     "RollbackBody": {"version": 0},
+    "RegisterBody": {"name": "w0"},
     "PinBody": {"name": "before the sweep"},
     "PreviewBody": {
         "optimizer": {"name": "SGD", "lr": 0.1},
@@ -174,19 +177,24 @@ def requests() -> dict[str, Schema]:
     accumulate: dict[str, Schema] = {
         "accumulate": {"anyOf": [{"type": "integer", "minimum": 1}, ref("Accumulate")]}
     }
+    workers: dict[str, Schema] = {
+        "workers": nullable({"anyOf": [ref("SyncWorkers"), ref("AsyncWorkers")]})
+    }
     params: dict[str, Schema] = {"params": ref("Params")}
     create = of_model(
         CreateFields,
         {
             "optimizer": ref("OptimizerSpec"),
             "scheduler": nullable(ref("SchedulerSpec")),
+            **workers,
             **accumulate,
             **params,
             **_SENDER,
         },
     )
     create["required"] = ["optimizer", "params"]
-    step = of_model(StepFields, {"grads": ref("Grads"), **params, **_SENDER})
+    deltas = {**ref("Grads"), "description": "Instead of grads, where workers push those."}
+    step = of_model(StepFields, {"grads": ref("Grads"), "deltas": deltas, **params, **_SENDER})
     groups = {
         **nullable(a_list(HYPER)),
         "description": "With optimizer: create's groups. Without: the step's.",
@@ -198,7 +206,7 @@ def requests() -> dict[str, Schema]:
         "CreateBody": create,
         "StepBody": step,
         "OneCallBody": one_call,
-        "PatchBody": of_model(PatchFields, {**accumulate, **_SENDER}),
+        "PatchBody": of_model(PatchFields, {**workers, **accumulate, **_SENDER}),
         "ForkBody": of_model(ForkFields, _SENDER),
         "PutParamsBody": an_object({**params, **_ABANDON, **_SENDER}, ["params"]),
         "GroupBody": {**an_object({**_ABANDON, **_SENDER}), "examples": [{"lr": 0.01}]},
@@ -209,6 +217,7 @@ def requests() -> dict[str, Schema]:
             ["version", "metrics"],
         ),
         "RollbackBody": an_object({"version": COUNT, **_ABANDON, **_SENDER}, ["version"]),
+        "RegisterBody": an_object({"name": _SENDER["worker"]}, ["name"]),
         "PinBody": an_object({"name": nullable(_PIN), **_SENDER}),
         "PreviewBody": an_object(
             {

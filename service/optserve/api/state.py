@@ -16,7 +16,7 @@ from optserve.api.openapi import BINARY, operation
 from optserve.api.replies import PartsResponse, encode_reply
 from optserve.api.routing import TENANT, Media, SessionId, registry_of, router, session_of
 from optserve.api.waiting import done, off_loop
-from optserve.sessions.ledger import Identity, check_identity
+from optserve.sessions.identity import Identity, check_identity
 from optserve_client.errors import (
     Conflict,
     LineSearchOpen,

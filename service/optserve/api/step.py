@@ -14,9 +14,9 @@ from optserve.api.one_call import first_use
 from optserve.api.openapi import BINARY, KEY_PARAMETER, operation
 from optserve.api.replies import encode_reply
 from optserve.api.routing import Direct, SessionId, any_media, router, session_of
-from optserve.api.waiting import done, loaded, off_loop
-from optserve.sessions.ledger import Identity
-from optserve.sessions.reply import Reply
+from optserve.api.waiting import done, loaded, off_loop, until
+from optserve.sessions.identity import Identity
+from optserve.sessions.reply import Pending, Reply
 from optserve.sessions.session import Session
 from optserve.sessions.step import Step
 from optserve_client.errors import (
@@ -28,10 +28,12 @@ from optserve_client.errors import (
     MissingGradient,
     Nonfinite,
     OutOfSequence,
+    RoundFailed,
     SchedulerFailed,
     SessionExists,
     SessionNotFound,
     SessionRewound,
+    StaleGradient,
     TorchRefused,
     VersionConflict,
 )
@@ -48,8 +50,10 @@ _ERRORS = [
     MissingGradient,
     Nonfinite,
     OutOfSequence,
+    RoundFailed,
     SchedulerFailed,
     SessionRewound,
+    StaleGradient,
     TorchRefused,
     VersionConflict,
 ]
@@ -63,6 +67,7 @@ _ERRORS = [
         binary=BINARY,
         reply="StepReply",
         binary_reply=True,
+        also={202: "StepReply"},
         parameters=[KEY_PARAMETER],
         errors=_ERRORS,
     ),
@@ -72,7 +77,7 @@ async def post_step(session_id: SessionId, request: Request) -> Response:
     promises."""
     media, key, session = any_media(request), header_key(request), session_of(request, session_id)
     step = await decode_step(request, session)
-    return await encode_reply(media, await stepped(session, step, key))
+    return await encode_reply(media, await stepped(request, session, step, key))
 
 
 _ANY_STEP = operation(
@@ -81,7 +86,7 @@ _ANY_STEP = operation(
     binary=BINARY,
     reply="StepReply",
     binary_reply=True,
-    also={201: "StepReply"},
+    also={201: "StepReply", 202: "StepReply"},
     parameters=[KEY_PARAMETER],
     errors=[*_ERRORS, SessionExists],
 )
@@ -95,14 +100,26 @@ async def post_any_step(request: Request) -> Response:
     the same body; later calls with the same create fields only step."""
     media, key = any_media(request), header_key(request)
     async with first_use(request) as call:
-        reply = await stepped(call.session, call.step, key)
+        reply = await stepped(request, call.session, call.step, key)
     return await encode_reply(media, reply, created=call.created)
 
 
-async def stepped(session: Session, step: Step, key: str | None) -> Reply:
-    """Take the step: a small one at once, all others on a thread that computes."""
+async def stepped(request: Request, session: Session, step: Step, key: str | None) -> Reply:
+    """Take the step: a small one at once, all others on a thread that computes; with a push, wait
+    for the end of its round."""
     back = asyncio.get_running_loop().call_soon_threadsafe
-    return await done(session.step(step, identity_of(step, key), back))
+    reply = await done(session.step(step, identity_of(step, key), back))
+    return reply if reply.pending is None else await closed(request, reply, reply.pending)
+
+
+async def closed(request: Request, reply: Reply, pending: Pending) -> Reply:
+    """Return the reply at the end of the round, or ``reply`` if that takes too long."""
+    try:
+        if await until(pending.future, pending.wait_s, request):
+            return pending.future.result()
+        return reply
+    finally:
+        pending.future.cancel()
 
 
 async def decode_step(request: Request, session: Session) -> Step:
@@ -125,7 +142,7 @@ async def decode_step(request: Request, session: Session) -> Step:
 
 
 def step_from_text(request: Request, session: Session, raw: BytesLike) -> Step:
-    body = loads_tensors(raw, "grads", "params")
+    body = loads_tensors(raw, "grads", "deltas", "params")
     return session.step_from_json(body, digest_of(request, "step", raw))
 
 

@@ -129,7 +129,7 @@ class Offline:
     def load(self, frame: bytes, session_id: str | None, replace: bool) -> str:
         import secrets
 
-        from optserve.sessions.ledger import Identity
+        from optserve.sessions.identity import Identity
         from optserve.sessions.registry import Registry
 
         name = session_id or f"s-{secrets.token_hex(8)}"

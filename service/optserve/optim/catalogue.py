@@ -1,7 +1,7 @@
-"""The optimizers by name: torch's own, three friendly names, and pytorch_optimizer's that conform.
+"""The optimizers by name: torch's own, three friendly names, two of ours, pytorch_optimizer's.
 
-pytorch_optimizer takes most of a second to import; it is imported when one of its classes is used
-or described.
+Of pytorch_optimizer there are those that conform. It takes most of a second to import; it is
+imported when one of its classes is used or described.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def _key(name: str) -> str:
 
 @cache
 def _by_key() -> dict[str, Entry]:
+    from optserve.optim.fedopt import FEDOPT
     from optserve.optim.lookahead import LOOKAHEAD  # it looks up what it wraps here
     from optserve.optim.third_party import THIRD_PARTY
     from optserve.optim.torch_classes import FRIENDLY, TORCH
 
-    rows = (*TORCH, *FRIENDLY, LOOKAHEAD, *THIRD_PARTY)
+    rows = (*TORCH, *FRIENDLY, *FEDOPT, LOOKAHEAD, *THIRD_PARTY)
     return {_key(name): entry for entry in rows for name in (entry.name, *entry.aliases)}
 
 

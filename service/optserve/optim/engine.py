@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from optserve.optim import catalogue, devices, schedules
-from optserve.optim.arena import Arena, GradientPool
+from optserve.optim.arena import Arena, GradientBuffer, GradientPool
 from optserve.optim.averages import Best, Ema, Window
 from optserve.optim.fused import FusedAdam
 from optserve.optim.gradients import Gradients, Inspected, first_nonfinite, to_coo, total_norm
@@ -26,6 +26,7 @@ from optserve.optim.hyper import Shown, changed_hyper, from_json
 from optserve.optim.layout import Layout
 from optserve.optim.lbfgs import LineSearch
 from optserve.optim.recipe import Recipe
+from optserve.optim.reduce import Reduction, Source, combine
 from optserve.optim.refusals import torchs_refusals
 from optserve.optim.tree import tensors_of
 from optserve_client import wire
@@ -178,32 +179,52 @@ class Engine:
 
     # --- one update ------------------------------------------------------------------------------
 
-    def inspect(self, gradients: Gradients, loss_scale: float | None = None) -> Inspected:
+    def inspect(
+        self, gradients: Gradients, loss_scale: float | None = None, *, negate: bool = False
+    ) -> Inspected:
         """Unscale one gradient and look for NaN and Infinity; the session does not change.
 
-        Multiplies by float32(1 / loss_scale) in place, as GradScaler. Raises Nonfinite, naming
-        tensor and index, unless the session skips such gradients or loss_scale was sent.
+        Multiplies by float32(1 / loss_scale) in place, as GradScaler. ``negate``: the gradient is
+        minus what was sent. Raises Nonfinite, naming tensor and index, unless the session skips
+        such gradients or loss_scale was sent.
         """
         grads = self._attach(gradients)
         if loss_scale is not None:
             inverse = float(np.float32(1.0 / loss_scale))
             for grad in grads.values():
                 grad.mul_(inverse)
-        norm = total_norm(grads)
-        # A finite gradient can have an infinite norm: only the search decides.
-        where = None if math.isfinite(norm) else first_nonfinite(grads)
-        if where and loss_scale is None and self.recipe.nonfinite == "reject":
-            raise Nonfinite(where)
-        return Inspected(grads=grads, norm=norm, nonfinite=where)
+        inspected = _inspected(grads)
+        if inspected.nonfinite and loss_scale is None and self.recipe.nonfinite == "reject":
+            raise Nonfinite(inspected.nonfinite)
+        if negate:
+            _negate(grads)
+        return inspected
+
+    def combine(
+        self,
+        sources: Sequence[Source],
+        buffer: GradientBuffer,
+        how: Reduction,
+        *,
+        negate: bool = False,
+    ) -> Inspected:
+        """Return the gradient that a round makes of its pushes; it may have become infinite."""
+        grads = combine(sources, self.layout.names, self.recipe.sparse, buffer, how)
+        if negate:
+            _negate(grads)
+        if self.recipe.device != "cpu":
+            grads = {name: grad.to(self.recipe.device) for name, grad in grads.items()}
+        return _inspected(grads)
 
     def push(
         self,
         inspected: Inspected,
         *,
         metric: float | None = None,
+        weight: float = 1.0,
         recorded: Mapping[str, Any] | None = None,
     ) -> Outcome:
-        """Take one finite gradient in: accumulate, clip, step, average, schedule.
+        """Take one finite gradient in: accumulate, weigh, clip, step, average, schedule.
 
         ``metric`` is what an automatic ReduceLROnPlateau follows. ``recorded`` is the committed
         outcome when the journal is replayed: clip coefficient and schedule come from there.
@@ -216,6 +237,10 @@ class Engine:
                     applied=False, grad_norm=norm, groups=self.groups(), **self.window_state()
                 )
             grads = self.window.close(self.params.flat.dtype)
+            norm = total_norm(grads)
+        if weight != 1.0:
+            for grad in grads.values():
+                grad.mul_(weight)
             norm = total_norm(grads)
         return self._update(grads, norm, metric, recorded)
 
@@ -350,3 +375,15 @@ class Engine:
             return Outcome(applied=False, grad_norm=norm, groups=used)
         moved = self._after_update(metric, recorded)
         return Outcome(applied=True, grad_norm=norm, groups=used, moved=moved)
+
+
+def _negate(grads: Mapping[str, torch.Tensor]) -> None:
+    for grad in grads.values():
+        grad.neg_()
+
+
+def _inspected(grads: Mapping[str, torch.Tensor]) -> Inspected:
+    norm = total_norm(grads)
+    # A finite gradient can have an infinite norm: only the search decides.
+    where = None if math.isfinite(norm) else first_nonfinite(grads)
+    return Inspected(grads=grads, norm=norm, nonfinite=where)

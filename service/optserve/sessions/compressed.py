@@ -51,7 +51,7 @@ def check(
     ``infos``: their tensors; ``dense``: parameters that have a gradient already.
     """
     pairs: dict[tuple[str, str], dict[str, wire.TensorInfo]] = {}
-    first = {name: f"grad/{name}" for name in dense}
+    first = {name: f"{expected.kind}/{name}" for name in dense}
     for info in infos:
         kind, name, half = split(info.name) or ("", "", "")
         expected.check_compressed(name, shown(info.name))

@@ -17,6 +17,7 @@ from optserve.optim import catalogue, devices, schedules
 from optserve.optim.layout import Layout
 from optserve.optim.recipe import Recipe
 from optserve.sessions.fields import Fields, shown
+from optserve.sessions.workers import Workers, check_fit
 from optserve.store.base import DURABILITIES
 from optserve_client import wire
 from optserve_client.errors import Invalid
@@ -69,6 +70,8 @@ class Adjustable(Description):
     nonfinite: Literal["reject", "skip"] = "reject"
     #: The session is deleted when it was not used for so long; None: the server's default.
     ttl_s: Positive | None = None
+    #: Several workers push into the session; None: whoever steps must know the version.
+    workers: Workers = None
 
 
 class PatchFields(Adjustable):
@@ -208,6 +211,7 @@ def normalise(
         "durability": durability,
         **adjustable(fields),
     }
+    check_fit(config, entry)
     return plain(config)
 
 
@@ -332,7 +336,9 @@ def origin(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     entry = catalogue.find(config["optimizer"])
     defaults = {k: h.json_default for k, h in entry.hyperparameters.items()}
     shapes = [[slot.name, list(slot.shape)] for slot in layout.slots]
-    return plain({**config, "optimizer": {**defaults, **config["optimizer"]}, "params": shapes})
+    # Sessions that were created before there were workers have no such field.
+    fields = {k: v for k, v in config.items() if k != "workers" or v is not None}
+    return plain({**fields, "optimizer": {**defaults, **config["optimizer"]}, "params": shapes})
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

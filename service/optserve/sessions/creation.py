@@ -12,7 +12,7 @@ from optserve.optim.rehearsal import rehearse
 from optserve.sessions import config as configs
 from optserve.sessions import describe, frames
 from optserve.sessions.finite import check_finite
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.operation import Buffers
 from optserve.sessions.replay import first_state, write_frame
 from optserve.sessions.state import SessionState, read_engine

@@ -36,6 +36,7 @@ _REPR.maxstring = _REPR.maxother = _SHOWN
 _ALIASES = {
     "gradient": "grads",
     "gradients": "grads",
+    "delta": "deltas",
     "grad": "grads",
     "parameters": "params",
     "parms": "params",
@@ -96,7 +97,7 @@ class Fields(BaseModel):
         if isinstance(data, Mapping) and not data.keys() <= names.keys():
             key, known = next(key for key in data if key not in names), list(names)
             # A step's tensors were taken out of the body before; they are fields, too.
-            known += ["grads", "params"] if "base_version" in known else []
+            known += ["grads", "deltas", "params"] if "base_version" in known else []
             raise PydanticCustomError("unknown_field", "{text}", {"text": unknown(key, known)})
         return data
 
@@ -173,6 +174,10 @@ class StepFields(Fields):
     generation: Annotated[str, Field(max_length=128)] | None = None
     #: The gradient was multiplied by this; the server divides.
     loss_scale: Annotated[float, Field(gt=0)] | None = None
+    #: Of this push in a weighted mean: its number of samples, say.
+    weight: Annotated[float, Field(gt=0)] | None = None
+    #: How long to wait for the end of the round, in seconds; 0: not at all.
+    wait_s: Annotated[float, Field(ge=0, le=3600)] | None = None
     dry_run: bool = False
     return_: Annotated[Literal["params", "delta", "none"], Field(alias="return")] = "params"
     return_encoding: Literal["list", "base64"] | None = None

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from optserve.optim.arena import GradientPool
-from optserve.sessions import describe
+from optserve.sessions import describe, workers
+from optserve.sessions.alarms import Alarms
 from optserve.sessions.lending import Loan
 from optserve.sessions.past import Past
 from optserve.sessions.published import Published
 from optserve.sessions.recovery import read_back
 from optserve.sessions.residency import Residents
 from optserve.sessions.snapshots import Snapshots
-from optserve.sessions.state import SessionState
+from optserve.sessions.state import SessionState, expected_of
 from optserve.sessions.step import Expected
 from optserve.sessions.turn import Executor
+from optserve.sessions.watching import Watching
 from optserve.sessions.weights import publish
 from optserve.store.base import SessionRow, Store
 from optserve_client.errors import SessionNotFound
@@ -44,6 +46,7 @@ class Home:
     scribes: Executor
     #: Where snapshots are made durable.
     background: Executor
+    alarms: Alarms
     residents: Residents
 
 
@@ -58,7 +61,7 @@ class Shape:
 class Holding:
     """The state of one session, or none, and what is known of it all the same.
 
-    Everything but ``row`` and ``shape`` is used under the session's turn.
+    Everything but ``row``, ``shape`` and ``watching`` is used under the session's turn.
     """
 
     def __init__(
@@ -66,8 +69,13 @@ class Holding:
     ) -> None:
         """``state`` None: it is read back at first use; ``owner_epoch`` None: claimed then."""
         self.row = row
+        #: Who waits for a later version than that of ``row``.
+        self.watching = Watching()
         #: None: the session was never read back by this process.
         self.shape: Shape | None = None
+        #: Several workers push into the session; it collects their pushes in rounds. Known with
+        #: ``shape``.
+        self.shared = self.gathers = False
         #: Config, dtype and shapes as created; known with ``shape``.
         self.origin: Mapping[str, Any] = {}
         #: The live params of the current version, as long as somebody reads them.
@@ -160,9 +168,15 @@ class Holding:
         """Make the last commit visible to those who do not wait for a turn."""
         self.origin = state.origin
         # One assignment each: who reads while another thread commits sees all of it or nothing.
-        if self.shape is None or self.shape.pool is not state.engine.pool:
-            expected = Expected(layout=state.layout, sparse=state.engine.recipe.sparse)
-            self.shape = Shape(expected, state.engine.pool)
+        known = self.shape
+        if (
+            known is None
+            or known.pool is not state.engine.pool
+            or known.expected.kind != workers.kind(state.config)
+        ):
+            self.shape = Shape(expected_of(state), state.engine.pool)
+        self.shared = state.config.get("workers") is not None
+        self.gathers = workers.rounds(state.config) is not None
         self.row = SessionRow(
             key=self.row.key,
             last_lsn=state.lsn,
@@ -173,6 +187,7 @@ class Holding:
             about=describe.about(state, self._nbytes),
             durability=state.config["durability"],
         )
+        self.watching.shown(state.version)
 
     def publish(self, state: SessionState, weights: str) -> Published:
         """Return weights; live ones are shared by all who want them at this version."""
@@ -198,6 +213,12 @@ class Holding:
         knows better."""
         if (loan := self._lent()) is not None:
             loan.settle()
+        with self.committing():
+            yield
+
+    @contextmanager
+    def committing(self) -> Iterator[None]:
+        """An event is committed in here. Whatever raises may have left it committed or not."""
         try:
             yield
         except BaseException:
@@ -215,7 +236,7 @@ class Holding:
         if state is None:
             self._home.residents.release(self.row.key)
             return True
-        if self.snapshots.under_way:
+        if self.snapshots.under_way or state.round.open:
             return False
         if self._only_here():
             self.snapshots.write(state)
@@ -234,5 +255,5 @@ class Holding:
         """Write a snapshot if that spares the next start a replay, or loses it nothing."""
         if self._only_here():
             self.snapshots.write(self.loaded(put_away))
-        elif self._state is not None and self.snapshots.behind:
+        elif self._state is not None and self.snapshots.behind and not self._state.round.open:
             self.snapshots.write(self._state)

@@ -23,7 +23,8 @@ BUSY_S = 5.0
 class Expiry:
     """A thread that deletes sessions which were not used for their ``ttl_s``.
 
-    Time counts from the last request, and anew when the server starts.
+    Time counts from the last request, and anew when the server starts; not while somebody waits for
+    a version.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Expiry:
 
     def _left_s(self, session: Session) -> float | None:
         ttl_s = session.row.about["ttl_s"] or self._default
-        return None if ttl_s is None else session.used_at + ttl_s - time.monotonic()
+        if ttl_s is None or session.watching:
+            return ttl_s
+        return max(session.used_at, session.watching.left_at) + ttl_s - time.monotonic()
 
     def _expire(self, session: Session) -> None:
         """Delete a session in its turn, unless somebody used it meanwhile."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from optserve.sessions import compressed
 from optserve.sessions.fields import StepFields, load_object, shown
-from optserve.sessions.journaling import BEHIND_BYTES, Journaling, JournalingBehind
+from optserve.sessions.journaling import BEHIND_BYTES, Journaling, JournalingBehind, Writer
+from optserve.sessions.passing import Passing
 from optserve.sessions.step import (
     Expected,
     Lease,
@@ -21,6 +22,7 @@ from optserve.sessions.step import (
     Sparse,
     Step,
     check_indices,
+    nothing,
     step_from_json,
 )
 from optserve.sessions.turn import Executor
@@ -38,10 +40,11 @@ _PREFIX_BYTES = 8
 class StepIntake:
     """Parses one safetensors body. Feed it, then finish or abort; whatever raises has aborted.
 
-    Tensors: ``grad/<name>``; ``sparse/<name>/indices`` (int64 ``[n, nnz]``) and
-    ``sparse/<name>/values``; those of :mod:`optserve.sessions.compressed`; ``param/<name>`` for
-    those params that replace the session's. A gradient goes into place as it arrives; a narrower
-    one waits there until the update wants it.
+    Tensors: ``grad/<name>``, or ``delta/<name>`` as the session wants; ``sparse/<name>/indices``
+    (int64 ``[n, nnz]``) and ``sparse/<name>/values``; those of
+    :mod:`optserve.sessions.compressed`; ``param/<name>`` for those params that replace the
+    session's. A gradient goes into place as it arrives; a narrower one waits there until the
+    update wants it.
     """
 
     def __init__(
@@ -52,14 +55,17 @@ class StepIntake:
         writer: OpenWriter | None,
         limit_bytes: int | None = None,
         scribes: Executor | None = None,
+        passes: bool = False,
     ) -> None:
         """``writer`` is None in a replay, which has the journal's bytes already; ``scribes`` write
-        large bodies, else whoever feeds."""
+        large bodies, else whoever feeds. ``passes``: dense gradients are for the journal alone."""
         self._expected = expected
         self._lease = lease
         self._writer = writer
         self._limit = limit_bytes
         self._scribes = scribes
+        self._passes = passes
+        self._passing: Passing | None = None
         #: Known once the header has arrived, as is ``frame_bytes``.
         self.fields: StepFields | None = None
         self.frame_bytes: int | None = None
@@ -69,8 +75,9 @@ class StepIntake:
         self._none: frozenset[str] = frozenset()
         #: Tensors that do not arrive in the buffer, by their name in the frame.
         self._staged: dict[str, wire.Tensor] = {}
-        #: Where the bytes go, in the order of the frame; empty tensors are left out.
-        self._targets: list[memoryview] = []
+        #: Where the bytes go, in the order of the frame; empty tensors are left out. A number: of
+        #: bytes that get memory when they come, and lose it when the journal has them.
+        self._targets: list[memoryview | int] = []
         self._target = 0
         self._filled = 0
         self._buffer: GradientBuffer | None = None
@@ -144,10 +151,32 @@ class StepIntake:
         self._check_size(header.frame_bytes)
         self.fields = StepFields.parse(read_fields(header.metadata))
         self._check(header)
+        if self._passes and all(info.name.startswith(self._dense) for info in header.tensors):
+            self._begin_passing(header)
+        else:
+            self._begin_placing(header)
+        if self._journal is not None:
+            self._journal.add(memoryview(self._head))
+        self._received = len(self._head)
+        self.frame_bytes = header.frame_bytes
+        self._head = bytearray()
+
+    @property
+    def _dense(self) -> str:
+        return f"{self._expected.kind}/"
+
+    def _begin_passing(self, header: wire.Header) -> None:
+        assert self._writer is not None
+        self._passing = Passing(self._writer(header.frame_bytes), header)
+        self._journal = self._journaling(self._passing, header)
+        for at in range(0, header.data_bytes, BEHIND_BYTES):
+            self._targets.append(min(BEHIND_BYTES, header.data_bytes - at))
+
+    def _begin_placing(self, header: wire.Header) -> None:
         buffer = self._buffer = self._lease()
         for info in header.tensors:
             kind, _, name = info.name.partition("/")
-            if kind == "grad":
+            if kind == self._expected.kind:
                 same = info.dtype == self._expected.layout.dtype
                 target = buffer.view(name) if same else buffer.narrow(name, info.dtype)
             elif kind == "int8" and name.endswith("/values"):
@@ -159,15 +188,12 @@ class StepIntake:
             if target.nbytes:
                 self._targets.append(target)
         if self._writer is not None:
-            writer = self._writer(header.frame_bytes)
-            if self._scribes is not None and header.frame_bytes > BEHIND_BYTES:
-                self._journal = JournalingBehind(writer, self._scribes)
-            else:
-                self._journal = Journaling(writer)
-            self._journal.add(memoryview(self._head))
-        self._received = len(self._head)
-        self.frame_bytes = header.frame_bytes
-        self._head = bytearray()
+            self._journal = self._journaling(self._writer(header.frame_bytes), header)
+
+    def _journaling(self, writer: Writer, header: wire.Header) -> Journaling:
+        if self._scribes is not None and header.frame_bytes > BEHIND_BYTES:
+            return JournalingBehind(writer, self._scribes)
+        return Journaling(writer)
 
     def _check(self, header: wire.Header) -> None:
         """Refuse what this session cannot take."""
@@ -182,7 +208,7 @@ class StepIntake:
         for info in header.tensors:
             what = shown(info.name)
             kind, _, name = info.name.partition("/")
-            if kind == "grad":
+            if kind == expected.kind:
                 expected.check_dense(name, what)
                 dense.add(name)
                 self._check_tensor(info, expected.slot_shape(name, what), what)
@@ -196,7 +222,7 @@ class StepIntake:
                 packed.append(info)
             else:
                 raise Invalid(
-                    f"tensor {what} must be called grad/<name>, param/<name>, "
+                    f"tensor {what} must be called {expected.kind}/<name>, param/<name>, "
                     "sparse/<name>/indices or values, topk/<name>/indices or values, or "
                     "int8/<name>/values or scales"
                 )
@@ -231,13 +257,19 @@ class StepIntake:
     def _room(self) -> memoryview:
         if self._target == len(self._targets):
             raise Malformed(f"the body goes on after the {self.frame_bytes} bytes of its frame")
-        return self._targets[self._target][self._filled :]
+        target = self._targets[self._target]
+        if isinstance(target, int):
+            target = self._targets[self._target] = np.empty(target, np.uint8).data
+        return target[self._filled :]
 
     def _take(self, nbytes: int) -> None:
         target, begin = self._targets[self._target], self._filled
+        assert not isinstance(target, int)
         self._received += nbytes
         self._filled += nbytes
         if self._filled == len(target):
+            if self._passing is not None:
+                self._targets[self._target] = 0
             self._target, self._filled = self._target + 1, 0
         if self._journal is not None:
             self._journal.add(target[begin : begin + nbytes])
@@ -267,7 +299,6 @@ class StepIntake:
             raise Malformed(f"the body ended after {len(self._head)} bytes, inside its header")
         if self._received < self.frame_bytes:
             raise Malformed(f"the body ended after {self._received} of {self.frame_bytes} bytes")
-        assert self._buffer is not None
         assert self.fields is not None
         if self._journal is not None:
             self._journal.drain()  # before any of the bytes is changed
@@ -286,12 +317,14 @@ class StepIntake:
                 check_indices(indices, shape, f"sparse/{name}/indices")
                 values = wire.widen(tensor, dtype, full_name)
                 sparse[name] = Sparse(indices=indices, values=values, shape=shape)
-        compressed.unpack(self._staged, self._expected, self.fields, self._buffer)
+        if self._buffer is not None:
+            compressed.unpack(self._staged, self._expected, self.fields, self._buffer)
         digest, payload = self._journal.seal() if self._journal is not None else (b"", None)
         step = Step(
             expected=self._expected,
             fields=self.fields,
-            buffer=self._buffer,
+            buffer=self._buffer or nothing(self._expected.layout),
+            passed=self._passing,
             none=self._none,
             sparse=sparse,
             params=params or None,

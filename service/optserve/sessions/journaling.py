@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import xxhash
 
 from optserve.sessions.turn import Executor
-from optserve.store import Payload, PayloadWriter
+from optserve.store import Payload
 from optserve.store.base import BytesLike
 from optserve_client.errors import OptserveError
 
@@ -42,6 +43,15 @@ class Unkept:
         """There is nothing."""
 
 
+class Writer(Protocol):
+    """What bytes of a body are written to; see :class:`optserve.store.base.PayloadWriter`."""
+
+    def write(self, chunk: BytesLike) -> None: ...
+    def digest(self) -> bytes: ...
+    def seal(self) -> Payload | None: ...
+    def discard(self) -> None: ...
+
+
 class Journaling:
     """Hashes and writes pieces of memory in the order in which they were added.
 
@@ -49,7 +59,7 @@ class Journaling:
     back. One thread adds, one ends.
     """
 
-    def __init__(self, writer: PayloadWriter | Unkept) -> None:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
 
     def add(self, piece: memoryview) -> None:
@@ -72,7 +82,7 @@ class Journaling:
 class JournalingBehind(Journaling):
     """The same on a thread of ``executor``, as far as it keeps up."""
 
-    def __init__(self, writer: PayloadWriter | Unkept, executor: Executor) -> None:
+    def __init__(self, writer: Writer, executor: Executor) -> None:
         super().__init__(writer)
         self._executor = executor
         self._todo: deque[memoryview] = deque()

@@ -6,19 +6,31 @@ passed in and only ever forgets keys.
 A worker numbers its requests to a session from 1, sends them one at a time and repeats one with
 the same number until it is answered. A repeat within its last 16 is answered from here; what is
 older, or skips a number, is refused, because the ledger cannot tell whether it was applied.
+
+A worker that registers gets a new epoch, in which its numbers begin again; one that goes by the
+same name with an older epoch is refused from then on, and so is every one after its removal.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
 
+from optserve.sessions.identity import Duplicate, Identity, Pushed, check_identity
 from optserve_client import wire
-from optserve_client.errors import Fenced, Invalid, KeyReused, OutOfSequence
+from optserve_client.errors import (
+    Fenced,
+    Invalid,
+    KeyReused,
+    OutOfSequence,
+    RoundFailed,
+    WorkerNotFound,
+)
 
 #: Results kept per worker.
 RESULTS_PER_WORKER = 16
@@ -28,32 +40,6 @@ RESULTS = 10_000
 #: a forgotten one that goes on is refused with out_of_sequence.
 WORKERS = 100_000
 KEY_LIFE_S = 24 * 3600.0
-KEY_LENGTH = 255
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Identity:
-    """Who sent a request and which of its requests it is: worker and seq, or a key, or neither."""
-
-    worker: str | None = None
-    #: None: the worker's current one.
-    epoch: int | None = None
-    seq: int | None = None
-    #: The Idempotency-Key header.
-    key: str | None = None
-    #: XXH3-128 of method, kind of path and body.
-    digest: bytes = b""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Duplicate:
-    """A request that was committed before."""
-
-    #: Version that it made; None if it made none.
-    applied_version: int | None
-    #: Scalars of the reply it got.
-    reply: dict[str, Any]
-    lsn: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +51,8 @@ class _Result:
     #: A worker's request has a seq, one with a key the time of its event.
     seq: int = 0
     time: float = 0.0
+    #: A push whose round failed: as the last one of its worker, its number may be used again.
+    failed: bool = False
 
     def duplicate(self) -> Duplicate:
         reply = copy.deepcopy(self.reply)
@@ -80,6 +68,8 @@ class _Result:
         for name, kinds in _KINDS.items():
             if type(value := getattr(result, name)) not in kinds:
                 raise ValueError(f"{name} is a {type(value).__name__}")
+        if not math.isfinite(result.time):
+            raise ValueError(f"time is {result.time}")
         return result
 
 
@@ -89,6 +79,13 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "reply": (dict,),
     "seq": (int,),
     "time": (int, float),
+    "failed": (bool,),
+}
+_WORKER_KINDS: Mapping[str, tuple[type, ...]] = {
+    "removed": (bool,),
+    "contributions": (int,),
+    "version": (int, NoneType),
+    "seen": (int, float),
 }
 
 
@@ -98,11 +95,23 @@ class _Worker:
     last_seq: int = 0
     #: Of the seqs up to ``last_seq``, without gaps.
     results: deque[_Result] = field(default_factory=deque)
+    #: Nothing is taken from it before it registers again.
+    removed: bool = False
+    #: Pushes that were committed, the version that the last one was computed on, and when the last
+    #: request was committed, Unix seconds.
+    contributions: int = 0
+    version: int | None = None
+    seen: float = 0.0
 
     def check(self) -> None:
         """Raise ValueError for what no commits can have made."""
         if type(self.epoch) is not int or type(self.last_seq) is not int:
             raise ValueError(f"epoch {self.epoch!r:.40} or last_seq {self.last_seq!r:.40}")
+        for name, kinds in _WORKER_KINDS.items():
+            if type(value := getattr(self, name)) not in kinds:
+                raise ValueError(f"{name} {value!r:.40}")
+        if not math.isfinite(self.seen) or self.contributions < 0:
+            raise ValueError(f"seen {self.seen}, {self.contributions} contributions")
         first = self.last_seq - len(self.results) + 1
         if self.epoch < 1 or first < 1 or len(self.results) > RESULTS_PER_WORKER:
             raise ValueError(
@@ -121,6 +130,20 @@ class Ledger:
         #: ``(worker, seq)`` of all results that the workers hold, oldest first.
         self._held: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._keys: OrderedDict[str, _Result] = OrderedDict()
+
+    def workers(self) -> Iterator[dict[str, Any]]:
+        """Yield what is known of each worker, by name."""
+        for name in sorted(self._workers, key=str.encode):
+            worker = self._workers[name]
+            if not worker.removed:
+                yield {
+                    "worker": name,
+                    "epoch": worker.epoch,
+                    "last_seq": worker.last_seq,
+                    "version": worker.version,
+                    "contributions": worker.contributions,
+                    "last_seen": worker.seen,
+                }
 
     def position(self, worker: str) -> tuple[int, int]:
         """Return ``(epoch, last_seq)`` of a worker; ``(1, 0)`` for one that never sent anything."""
@@ -156,9 +179,14 @@ class Ledger:
     ) -> Duplicate | None:
         current, last = self.position(worker)
         at = {"epoch": current, "last_seq": last}
-        if epoch is not None and epoch < current:
+        known = self._workers.get(worker)
+        if epoch is not None and epoch < current:  # also where a newer namesake was removed
             raise Fenced(
                 f"worker {worker!r} sent epoch {epoch}, the current one is {current}", **at
+            )
+        if known is not None and known.removed:
+            raise Fenced(
+                f"worker {worker!r} was removed; it has to register again", **at, removed=True
             )
         if epoch is not None and epoch > current:
             raise OutOfSequence(
@@ -172,10 +200,14 @@ class Ledger:
         results = self._workers[worker].results
         if not results or seq < results[0].seq:
             raise OutOfSequence(f"{sent}; that is too long ago to tell what it did", **at)
-        known = results[seq - results[0].seq]
-        if known.digest != digest:
+        result = results[seq - results[0].seq]
+        if result.failed and seq == last:
+            return None
+        if result.digest != digest:
             raise KeyReused(f"worker {worker!r} sent seq {seq} before with another payload", **at)
-        return known.duplicate()
+        if result.failed:
+            raise RoundFailed(f"the round of seq {seq} of worker {worker!r} failed", **at)
+        return result.duplicate()
 
     def commit(
         self,
@@ -211,6 +243,7 @@ class Ledger:
                     reply=reply,
                     seq=identity.seq,
                 ),
+                time,
             )
 
     def _commit_key(self, key: str, result: _Result) -> None:
@@ -220,10 +253,13 @@ class Ledger:
         while len(self._keys) > RESULTS or _oldest(self._keys).time < result.time - KEY_LIFE_S:
             self._keys.popitem(last=False)
 
-    def _commit_seq(self, name: str, result: _Result) -> None:
+    def _commit_seq(self, name: str, result: _Result, time: float) -> None:
         worker = self._workers.setdefault(name, _Worker())
         self._workers.move_to_end(name)
-        worker.last_seq = result.seq
+        if result.seq == worker.last_seq and worker.results:  # of a round that failed
+            worker.results.pop()
+            del self._held[name, result.seq]
+        worker.last_seq, worker.seen = result.seq, time
         worker.results.append(result)
         self._held[name, result.seq] = None
         if len(worker.results) > RESULTS_PER_WORKER:
@@ -231,9 +267,64 @@ class Ledger:
         if len(self._held) > RESULTS:
             (other, _), _ = self._held.popitem(last=False)
             self._workers[other].results.popleft()
-        if len(self._workers) > WORKERS:
-            # It holds no results any more: at most RESULTS of the others, which came later, do.
-            self._workers.popitem(last=False)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Keep no more than WORKERS, those that were heard of last."""
+        while len(self._workers) > WORKERS:
+            name, oldest = self._workers.popitem(last=False)
+            for result in oldest.results:
+                del self._held[name, result.seq]
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def next_epoch(self, worker: str) -> int:
+        """Return the epoch that ``worker`` gets if it registers now."""
+        known = self._workers.get(worker)
+        return known.epoch + 1 if known else 1
+
+    def register(self, name: str, epoch: int, time: float) -> None:
+        """Begin an epoch of a worker, in which its numbers start at 1."""
+        known = self._workers.setdefault(name, _Worker())
+        for result in known.results:
+            del self._held[name, result.seq]
+        fresh = _Worker(epoch=epoch, contributions=known.contributions, seen=time)
+        self._workers[name] = fresh
+        self._workers.move_to_end(name)
+        self._forget()
+
+    def check_known(self, name: str) -> None:
+        """Raise WorkerNotFound for one that never sent anything or is removed."""
+        known = self._workers.get(name)
+        if known is None or known.removed:
+            raise WorkerNotFound(f"no worker {name!r:.140}")
+
+    def remove(self, name: str) -> None:
+        self._workers[name].removed = True
+
+    def pushed(self, worker: str, base_version: int | None) -> None:
+        """Count one committed push of a worker."""
+        known = self._workers[worker]
+        known.contributions += 1
+        known.version = base_version
+
+    def resolve(self, push: Pushed, *, applied_version: int | None, reply: dict[str, Any]) -> None:
+        """Note how the round ended that a push went into; ``reply`` as in :meth:`commit`."""
+        self._amend(push, applied_version=applied_version, reply=reply)
+
+    def release(self, push: Pushed) -> None:
+        """Note that the round of a push failed."""
+        self._amend(push, failed=True)
+
+    def _amend(self, push: Pushed, **changes: Any) -> None:
+        worker = self._workers.get(push.worker)
+        if worker is None or worker.epoch != push.epoch or not worker.results:
+            return
+        at = push.seq - worker.results[0].seq
+        if at >= 0:  # else it is forgotten
+            worker.results[at] = replace(worker.results[at], **changes)
+
+    # --- all of it -------------------------------------------------------------------------------
 
     def dump(self) -> dict[str, Any]:
         """Return everything as JSON values, equal for equal histories; replies are shared."""
@@ -244,6 +335,10 @@ class Ledger:
                     "epoch": worker.epoch,
                     "last_seq": worker.last_seq,
                     "results": [result.dump() for result in worker.results],
+                    "removed": worker.removed,
+                    "contributions": worker.contributions,
+                    "version": worker.version,
+                    "seen": worker.seen,
                 }
                 for name, worker in self._workers.items()
             ],
@@ -268,7 +363,14 @@ class Ledger:
             if row["worker"] in ledger._workers:
                 raise ValueError(f"worker {row['worker']!r} comes twice")
             worker = _Worker(
-                row["epoch"], row["last_seq"], deque(map(_Result.load, row["results"]))
+                row["epoch"],
+                row["last_seq"],
+                deque(map(_Result.load, row["results"])),
+                # Files of before there were rounds have none of these.
+                row.get("removed", False),
+                row.get("contributions", 0),
+                row.get("version"),
+                row.get("seen", 0.0),
             )
             worker.check()
             ledger._workers[row["worker"]] = worker
@@ -280,28 +382,6 @@ class Ledger:
             result = {name: value for name, value in row.items() if name != "key"}
             ledger._keys[row["key"]] = _Result.load(result)
         return ledger
-
-
-def check_identity(identity: Identity) -> None:
-    """Refuse half an identity, or two of them."""
-    if identity.key is not None:
-        if identity.worker is not None or identity.seq is not None or identity.epoch is not None:
-            raise Invalid("send worker and seq or an Idempotency-Key, not both")
-        if not 1 <= len(identity.key) <= KEY_LENGTH:
-            raise Invalid(
-                f"Idempotency-Key must have 1 to {KEY_LENGTH} characters, got {len(identity.key)}"
-            )
-    elif identity.worker is None:
-        for name, value in (("seq", identity.seq), ("epoch", identity.epoch)):
-            if value is not None:
-                raise Invalid(f"{name} {value} needs a worker", field="worker")
-    else:
-        wire.check_id("worker", identity.worker)
-        if identity.seq is None:
-            raise Invalid(f"worker {identity.worker!r} needs a seq", field="seq")
-        for name, value in (("seq", identity.seq), ("epoch", identity.epoch)):
-            if value is not None and value < 1:
-                raise Invalid(f"{name} must be >= 1, got {value}", field=name)
 
 
 def _oldest(keys: OrderedDict[str, _Result]) -> _Result:

@@ -21,6 +21,7 @@ from optserve.sessions.operation import Buffers, Operation
 from optserve.sessions.reaching import Pin, Rollback, Unpin
 from optserve.sessions.state import SessionState, read_engine
 from optserve.sessions.stepping import Change, scheduler_line
+from optserve.sessions.workers import check_fit
 from optserve.store import Event
 from optserve_client import wire
 from optserve_client.errors import Conflict, Internal, Invalid
@@ -44,6 +45,10 @@ __all__ = [
 ]
 
 
+#: What PATCH may change without a number being another one.
+_COUNTED = frozenset({"durability", "ttl_s", "workers", *Description.model_fields})
+
+
 @dataclass(frozen=True, kw_only=True)
 class SetParams:
     """Overwrite all params, keeping the optimizer's state."""
@@ -55,6 +60,7 @@ class SetParams:
         return wire.encode({f"param/{name}": tensor for name, tensor in self.params.items()})
 
     def check(self, state: SessionState, abandon: bool) -> None:
+        state.round.check_not_open()
         state.check_no_window()
         state.check_line_search(abandon)
         check_params(self.params, state)
@@ -98,7 +104,7 @@ class Patch:
         return cls(config=fields.model_dump(include=fields.model_fields_set))
 
     def _computes(self) -> bool:
-        return not self.config.keys() <= {"durability", "ttl_s", *Description.model_fields}
+        return not self.config.keys() <= _COUNTED
 
     def check(self, state: SessionState, abandon: bool) -> int | None:
         if not self.config:
@@ -113,6 +119,10 @@ class Patch:
                 raise Invalid(f"accumulate cannot be used with {state.engine.entry.name}")
         if self.config.get("accumulate", state.config["accumulate"]) != state.config["accumulate"]:
             state.check_no_window()
+        config = {**state.config, **self.config}
+        check_fit(config, state.engine.entry)
+        if hardens(self) or not _same_round(state.config.get("workers"), config.get("workers")):
+            state.round.check_not_open()
         if not self._computes():
             return None
         return rehearsal.rehearse(configs.recipe({**state.config, **self.config}), state.layout)
@@ -122,6 +132,16 @@ class Patch:
             state.end_line_search()
         state.patch(self.config)
         return Change(kind="hyper", moves=False, request={"config": dict(self.config)})
+
+
+def _same_round(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> bool:
+    """Say whether an open round can go on: how many are waited for, and how long, may change."""
+    if before is None or after is None:
+        return before is after
+    free = {"count", "quorum", "deadline_s"}
+    return {k: v for k, v in before.items() if k not in free} == {
+        k: v for k, v in after.items() if k not in free
+    }
 
 
 def hardens(operation: Operation) -> bool:
@@ -184,6 +204,7 @@ class AddGroup:
             raise Invalid(f"{engine.entry.name} has one group only")
         if not self.params:
             raise Invalid("params is empty; a group needs at least one parameter")
+        state.round.check_not_open()
         state.check_no_window()
         state.check_line_search(abandon)
         configs.check_count(len(self.params) + len(state.layout.slots))
@@ -302,6 +323,7 @@ class Import:
         return [memoryview(self.data)]
 
     def check(self, state: SessionState, abandon: bool) -> int | None:
+        state.round.check_not_open()
         state.check_line_search(abandon)
         frame = frames.decode(self.data)
         config, engine = read_engine(frame, state.config["device"])

@@ -22,12 +22,12 @@ class Past:
     def state_at(self, version: int, state: SessionState) -> SessionState:
         """Return the state at ``version``; do not change it.
 
-        The current version is as it is now, an earlier one as it was right after the event that
-        made it, a pinned one as it was pinned. Raises Invalid for a version that is not there yet
-        or cannot be reached any more.
+        The current version is as it is now (but as before it while a round is open), an earlier one
+        as it was right after the event that made it, a pinned one as it was pinned. Raises Invalid
+        for a version that is not there yet or cannot be reached any more.
         """
         _check_bounds(version, state)
-        if version == state.version:
+        if version == state.version and not state.round.open:
             return state
         lsn, kept = self._lsn_of(version), self._store.snapshots(self._key)
         replayable = lsn is not None and lsn > self._base(kept)

@@ -10,6 +10,7 @@ import xxhash
 
 from optserve.optim.layout import Layout
 from optserve.sessions.lending import PIECE_BYTES, Loan, Rounded
+from optserve.store.base import SessionRow
 from optserve_client import wire
 from optserve_client.errors import Invalid
 
@@ -71,6 +72,21 @@ class Published:
 
     def etag(self, encoding: str, dtype: str) -> str:
         """Return the strong ETag of this representation."""
-        names = xxhash.xxh3_64_hexdigest("\0".join(self.layout.names).encode())
-        weights = self.weights + self.revision
-        return f'"{self.generation}.{self.version}-{weights}-{names}-{encoding}-{dtype}"'
+        at = f"{self.generation}.{self.version}-{self.weights}{self.revision}"
+        return _etag(at, self.layout, encoding, dtype)
+
+
+def revision(weights: str, lsn: int) -> str:
+    """Return :attr:`Published.revision` of weights at a place in the journal."""
+    return "" if weights == "live" else f".{lsn}"
+
+
+def etag_at(row: SessionRow, weights: str, layout: Layout, encoding: str, dtype: str) -> str:
+    """Return the ETag that weights have as of ``row``, without making them."""
+    at = f"{row.about['generation']}.{row.version}-{weights}{revision(weights, row.last_lsn)}"
+    return _etag(at, layout, encoding, dtype)
+
+
+def _etag(at: str, layout: Layout, encoding: str, dtype: str) -> str:
+    names = xxhash.xxh3_64_hexdigest("\0".join(layout.names).encode())
+    return f'"{at}-{names}-{encoding}-{dtype}"'

@@ -36,6 +36,7 @@ class Rollback(Reaching):
         return None if self.data is None else [self.data]
 
     def check(self, state: SessionState, abandon: bool) -> None:
+        state.round.check_not_open()
         state.check_line_search(abandon)
 
     def apply(self, state: SessionState) -> Change:

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from optserve.sessions import describe
-from optserve.sessions.ledger import Identity
+from optserve.sessions.identity import Identity
 from optserve.sessions.replay import replay
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
@@ -29,10 +29,12 @@ def event_of(
     owner_epoch: int,
     about: Mapping[str, Any] | None,
     before: Durability | None,
+    now: float,
 ) -> Event:
     """Return the event of a change that was applied to ``state`` but is not counted in yet.
 
-    ``before``: the durability before it; what changes that is as safe as both say.
+    ``before``: the durability before it; what changes that is as safe as both say. ``now``: Unix
+    seconds.
     """
     durability = state.config["durability"]
     record: dict[str, Any] = {
@@ -48,7 +50,7 @@ def event_of(
         kind=change.kind,
         version=state.version + int(change.moves),
         updates=state.updates + change.updates,
-        time=time.time(),
+        time=now,
         owner_epoch=owner_epoch,
         worker=identity.worker,
         epoch=identity.epoch,

@@ -15,10 +15,12 @@ import structlog
 from optserve.optim import devices
 from optserve.sessions import config as configs
 from optserve.sessions import creation, describe
+from optserve.sessions.alarms import Alarms
 from optserve.sessions.creation import Seed
 from optserve.sessions.holding import Home
 from optserve.sessions.housekeeping import Expiry
-from optserve.sessions.ledger import Identity, Ledger
+from optserve.sessions.identity import Identity
+from optserve.sessions.ledger import Ledger
 from optserve.sessions.listing import page
 from optserve.sessions.made import Made, answer, check_same
 from optserve.sessions.operations import Import
@@ -54,8 +56,10 @@ class Registry:
         executor_threads: int = 2,
         memory_budget: int | None = None,
         session_ttl_s: float | None = None,
+        alarms: Alarms | None = None,
     ) -> None:
-        """``memory_budget``: bytes for all sessions in memory; ``session_ttl_s``: the default."""
+        """``memory_budget``: bytes for all sessions in memory; ``session_ttl_s``: the default;
+        ``alarms``: the clock that rounds go by."""
         self.store = store
         self.device = devices.resolve(device)
         self.threads = threads or devices.thread_count()
@@ -63,12 +67,14 @@ class Registry:
         self._executor = Executor(executor_threads, lambda: devices.use_threads(self.threads))
         self._scribes = Executor(2)
         self._background = Executor(1)
+        self._alarms = alarms or Alarms()
         self._home = Home(
             store=store,
             executor=self._executor,
             scribes=self._scribes,
             background=self._background,
             residents=self.residents,
+            alarms=self._alarms,
         )
         self._turn = self._executor.turn()
         #: What a create request with an Idempotency-Key made: digest and id, by tenant and key.
@@ -99,6 +105,7 @@ class Registry:
     def close(self, snapshots_s: float = SNAPSHOTS_S) -> None:
         """Finish what runs, write snapshots for at most ``snapshots_s``, then close the store."""
         self._expiry.close()
+        self._alarms.close()
         self._write_snapshots(time.monotonic() + snapshots_s)
         self._executor.close()
         self._scribes.close()
@@ -381,7 +388,7 @@ class Registry:
 
     def _dismiss(self, session: Session) -> None:
         with self._lock:
-            session.closed = True
+            session.close()
             if self._sessions.get(session.key) is session:
                 self.residents.release(session.key)
                 del self._sessions[session.key]

@@ -12,11 +12,11 @@ from optserve.optim.engine import Engine
 from optserve.optim.hyper import from_json
 from optserve.optim.recipe import Recipe
 from optserve.sessions import config as configs
-from optserve.sessions import frames, operations, stepping
-from optserve.sessions.intake import Step, StepIntake
+from optserve.sessions import frames, operations, rounds, stepping
+from optserve.sessions.contributed import decode
+from optserve.sessions.intake import Step
 from optserve.sessions.ledger import Ledger
-from optserve.sessions.state import SessionState, restore
-from optserve.sessions.step import Expected
+from optserve.sessions.state import SessionState, expected_of, restore
 from optserve.store.base import Durability, Event, Key, Payload, Store
 from optserve_client import wire
 from optserve_client.errors import Damaged, Internal, SessionNotFound
@@ -148,6 +148,13 @@ def _apply(state: SessionState, event: Event) -> None:
         state.rewind(event.record["generation"])
     elif event.kind == "skip" and event.payload is None:
         state.engine.assign(_changes(event))
+    elif event.kind == "contribution" and "round" in event.record["request"]:
+        if event.payload is None:
+            raise _gone(event)
+    elif event.kind == "close":
+        state.note_replay(event)
+        recorded = {**event.record["outcome"], "applied": event.record["reply"]["applied"]}
+        rounds.close(state, event.record["reply"]["round"]["closed_by"], recorded)
     elif event.kind in ("step", "contribution", "evaluate", "skip"):
         step = read_step(state, event)
         state.note_replay(event)
@@ -167,9 +174,7 @@ def _apply_step(state: SessionState, step: Step, event: Event) -> None:
     prepared = stepping.Prepared(
         step=step,
         changes=_changes(event),
-        inspected=None
-        if event.kind == "evaluate"
-        else state.engine.inspect(step, step.fields.loss_scale),
+        inspected=None if event.kind == "evaluate" else stepping.inspect(state, step),
     )
     recorded = {**event.record["outcome"], "applied": event.record["reply"]["applied"]}
     stepping.apply(state, prepared, recorded=recorded)
@@ -178,14 +183,9 @@ def _apply_step(state: SessionState, step: Step, event: Event) -> None:
 def read_step(state: SessionState, event: Event) -> Step:
     """Return the step whose wire bytes the journal holds."""
     if event.payload is None:
-        raise PayloadGone(
-            f"session {event.key.session!r}: the payload of event {event.lsn} is gone"
-        )
-    intake = StepIntake(
-        expected=Expected(layout=state.layout, sparse=state.engine.recipe.sparse),
-        lease=state.engine.pool.lease,
-        writer=None,
-    )
-    for chunk in event.payload.chunks():
-        intake.feed(chunk)
-    return intake.finish()
+        raise _gone(event)
+    return decode(event.payload.chunks(), expected_of(state), state.engine.pool.lease)
+
+
+def _gone(event: Event) -> PayloadGone:
+    return PayloadGone(f"session {event.key.session!r}: the payload of event {event.lsn} is gone")

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from optserve.sessions.fields import StepFields
 from optserve.sessions.published import Published
 from optserve.sessions.state import SessionState
-from optserve.sessions.step import Step
 from optserve.sessions.weights import subtract
 from optserve_client import wire
+from optserve_client.errors import OptserveError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pending:
+    """What is still to come of a push into an open round."""
+
+    #: The reply at the end of the round; cancel it if nobody wants it any more.
+    future: Future[Reply]
+    #: How long the request wants to wait for it.
+    wait_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +37,10 @@ class Reply:
     #: How the request wanted params: ``list`` or ``base64``, and a dtype; None: the defaults.
     encoding: str | None = None
     dtype: str | None = None
+    #: Why the request was refused, where params come with that; ``scalars`` are empty then.
+    refusal: OptserveError | None = None
+    #: The push is committed, and this is what is known of it so far.
+    pending: Pending | None = None
 
 
 def counters(session_id: str, state: SessionState, made: int | None) -> dict[str, Any]:
@@ -41,19 +57,19 @@ def counters(session_id: str, state: SessionState, made: int | None) -> dict[str
 
 
 def step_reply(
-    step: Step,
+    fields: StepFields,
     scalars: dict[str, Any],
     current: Callable[[], Published],
     before: Published | None = None,
 ) -> Reply:
     """Return the reply to a step: ``current`` params, or what they are more than ``before``."""
-    wanted = step.fields.return_
+    wanted = fields.return_
     if wanted == "none":
         return Reply(scalars=scalars)
     params, returned = current(), "params"
     if before is not None and scalars["applied_version"] is not None:
         params, returned = subtract(params, before), "delta"
-    if (dtype := step.fields.return_dtype) is not None:
+    if (dtype := fields.return_dtype) is not None:
         params = params.narrowed(wire.dtype_tag(dtype))
     if wanted != returned:
         scalars = {**scalars, "returned": returned}
@@ -61,6 +77,6 @@ def step_reply(
         scalars=scalars,
         params=params,
         returned=returned,
-        encoding=step.fields.return_encoding,
+        encoding=fields.return_encoding,
         dtype=dtype,
     )

@@ -17,22 +17,23 @@ from typing import Any, TypeVar
 import structlog
 
 from optserve.optim.layout import Layout
-from optserve.sessions import describe, operations, stepping
+from optserve.sessions import describe, membership, operations, rounds, stepping
+from optserve.sessions.committing import Committer
+from optserve.sessions.gathering import Gathering
 from optserve.sessions.holding import Holding, Home
+from optserve.sessions.identity import Duplicate, Identity
 from optserve.sessions.intake import Step, StepIntake, step_from_json
 from optserve.sessions.journaling import KEPT_BYTES, Unkept
-from optserve.sessions.ledger import Duplicate, Identity
 from optserve.sessions.operation import Reaching
 from optserve.sessions.published import Published
-from optserve.sessions.recovery import event_of
 from optserve.sessions.replay import write_frame
 from optserve.sessions.reply import Reply, counters, step_reply
 from optserve.sessions.state import SessionState
-from optserve.sessions.stepping import Change
+from optserve.sessions.trial import try_out
 from optserve.sessions.turn import Back, Waiting
 from optserve.sessions.weights import publish
-from optserve.store.base import Durability, PayloadWriter, SessionRow
-from optserve_client.errors import OptserveError, SessionNotFound, Unavailable
+from optserve.store.base import PayloadWriter, SessionRow
+from optserve_client.errors import OptserveError, SessionNotFound, StaleGradient
 
 log = structlog.get_logger(__name__)
 
@@ -63,11 +64,19 @@ class Session:
         self.shared = False
         #: When somebody last asked for something, on the monotonic clock.
         self.used_at = time.monotonic()
+        self._sightings = membership.Sightings()
         self._store = home.store
         self._executor = home.executor
         self._scribes = home.scribes
+        self._now = home.alarms.now
         self._turn = home.executor.turn()
         self._held = Holding(home, row, state, owner_epoch)
+        self._committer = Committer(home, row.key, self._held)
+        self._gathering = Gathering(
+            self._held, self._committer, self._turn, home.alarms, self._loaded
+        )
+        #: Who waits for a later :attr:`version`, or for the end of the session.
+        self.watching = self._held.watching
 
     @property
     def id(self) -> str:
@@ -131,12 +140,9 @@ class Session:
         """Return the state file as buffers."""
         return self.run(lambda state: [bytes(part) for part in state.frame()])
 
-    def scheduler(self) -> Future[dict[str, Any]]:
-        return self.run(describe.scheduler)
-
-    def outlook(self) -> Future[describe.Outlook]:
-        """Return what a look ahead needs; looking takes long, so it is not done in the turn."""
-        return self.run(describe.Outlook.of)
+    def workers(self) -> Future[dict[str, Any]]:
+        """Return the workers and the open round."""
+        return self.run(lambda state: membership.listed(state, self._sightings))
 
     def history(self, after_version: int, limit: int) -> list[dict[str, Any]]:
         """Return one row per version above ``after_version``, oldest first."""
@@ -161,6 +167,7 @@ class Session:
             writer=self._writer,
             limit_bytes=limit_bytes,
             scribes=self._scribes,
+            passes=self._held.gathers,
         )
 
     def step_from_json(self, body: dict[str, Any], digest: bytes) -> Step:
@@ -176,9 +183,10 @@ class Session:
 
     def _writer(self, size: int) -> PayloadWriter | Unkept:
         durability = self.row.about["durability"]
-        if durability == "memory" and size > KEPT_BYTES:
+        # A round reads its pushes back.
+        if durability == "memory" and size > KEPT_BYTES and not self._held.gathers:
             return Unkept()
-        return self._store.writer(size, durability)
+        return self._store.writer(size, durability, read_soon=self._held.gathers)
 
     def step(self, step: Step, identity: Identity, back: Back | None = None) -> Future[Reply]:
         """Take one step; its buffer is given back whatever happens.
@@ -186,6 +194,8 @@ class Session:
         With ``back``, which leads to the thread that calls, a small one is taken here and now.
         """
         self.used_at = time.monotonic()
+        if identity.worker is not None and self._held.shared:
+            self._sightings.note(identity.worker)
         if back is not None and self._held.quick:
             done = self._turn.run_here(lambda: self._step(step, identity, back), back)
             if done is not None:
@@ -214,10 +224,22 @@ class Session:
         held, payload = True, step.payload
         try:
             state = self._loaded()
-            if fields.dry_run:
-                return self._dry_run(state, step)
-            if known := state.check_identity(identity, time.time()):
-                return self._step_reply(state, step, self._repeat(state, known), None)
+            if fields.dry_run and not self._held.gathers:
+                return try_out(self.id, state, step)
+            if known := state.check_identity(identity, self._now()):
+                scalars = self._repeat(state, known)
+                if state.round.holds(identity.worker, identity.seq):
+                    joined = self._gathering.join(state, fields, identity, scalars, back)
+                    return (yield from joined)
+                return self._step_reply(state, step, scalars, None)
+            if self._held.gathers:
+                change = rounds.push(state, step, identity)
+                held = False
+                step.buffer.release()
+                if change.payload is not None:
+                    payload = None  # the commit's from here on
+                pushing = self._gathering.push(state, change, fields, identity, back)
+                return (yield from pushing)
             prepared = stepping.prepare(state, step)
             self._held.own()
             before = self._held.publish(state, "live") if fields.return_ == "delta" else None
@@ -230,33 +252,30 @@ class Session:
                 step.buffer.release()
                 if change.payload is not None:
                     payload = None  # the commit's from here on
-                scalars = yield from self._commit(state, change, identity, seconds, back=back)
+                scalars = yield from self._committer.commit(
+                    state, change, identity, seconds, back=back
+                )
             self._held.snapshots.write_if_due(state)
             return self._step_reply(state, step, scalars, before)
+        except StaleGradient as exc:
+            if not ("return_" in fields.model_fields_set and fields.return_ == "params"):
+                raise
+            # Whoever is told so soon needs the current params for the next gradient.
+            return replace(self._step_reply(state, step, {}, None), refusal=exc)
         finally:
             if held:
                 step.buffer.release()
             if payload is not None:
                 payload.discard()
 
-    def _dry_run(self, state: SessionState, step: Step) -> Reply:
-        """Step a copy that is thrown away; neither journal nor ledger hear of it."""
-        copy = state.clone()
-        change = stepping.apply(copy, stepping.prepare(copy, step))
-        copy.version += int(change.moves)
-        copy.updates += change.updates
-        made = copy.version if change.moves else None
-        scalars = {**counters(self.id, copy, made), **change.reply, "dry_run": True}
-        weights = "trial" if change.reply.get("need") else "live"
-        return step_reply(step, scalars, lambda: publish(copy, weights))
-
     def _step_reply(
         self, state: SessionState, step: Step, scalars: dict[str, Any], before: Published | None
     ) -> Reply:
         search = state.engine.line_search
         if scalars.get("need") and search is not None and search.open:  # a repeat needs them too
-            return step_reply(step, scalars, lambda: publish(state, "trial"))
-        return step_reply(step, scalars, lambda: self._held.publish(state, "live"), before)
+            return step_reply(step.fields, scalars, lambda: publish(state, "trial"))
+        current = lambda: self._held.publish(state, "live")
+        return step_reply(step.fields, scalars, current, before)
 
     # --- other changes ---------------------------------------------------------------------------
 
@@ -281,7 +300,7 @@ class Session:
         abandon: bool,
     ) -> Waiting[Reply]:
         state = self._loaded()
-        if known := state.check_identity(identity, time.time()):
+        if known := state.check_identity(identity, self._now()):
             return Reply(scalars=self._repeat(state, known))
         state.check_match(if_match)
         if isinstance(operation, Reaching):
@@ -301,8 +320,9 @@ class Session:
                     payload.discard()
                 raise
             seconds = time.perf_counter() - began
-            scalars = yield from self._commit(state, change, identity, seconds, before)
+            scalars = yield from self._committer.commit(state, change, identity, seconds, before)
         self._held.snapshots.write_if_due(state)
+        yield from self._gathering.settle(state)
         return Reply(scalars=scalars)
 
     def remove(self, identity: Identity, forget: Callable[[], None]) -> Future[Reply]:
@@ -315,18 +335,27 @@ class Session:
             with suppress(OptserveError):  # what cannot be read back can still be deleted
                 state = self._loaded()
             if state is not None:
-                state.check_identity(identity, time.time())
+                state.check_identity(identity, self._now())
             forget()
             return Reply(scalars={"id": self.id, "deleted": True, "version": self.version})
 
         return self._turn.run(job)
+
+    def close(self) -> None:
+        """The session is gone: whoever waits for it finds nothing."""
+        self.closed = True
+        self.watching.close()
+        self._gathering.end(SessionNotFound(f"session {self.id!r} was deleted"))
 
     # --- memory ----------------------------------------------------------------------------------
 
     def _loaded(self) -> SessionState:
         if self.closed:
             raise SessionNotFound(f"no session {self.id!r}")
-        return self._held.loaded(self.put_away)
+        state = self._held.loaded(self.put_away)
+        if self._held.gathers:
+            self._gathering.watch(state)
+        return state
 
     def put_away(self) -> bool:
         """Free the session's memory if nobody uses it right now; its next use reads it back."""
@@ -348,46 +377,14 @@ class Session:
 
     def snapshot(self) -> Future[None]:
         """Write a snapshot if anything was committed since the last one; wait until it is kept."""
-        return self._turn.run(lambda: self._held.write_snapshot(self.put_away))
+        return self._turn.run(self._write_snapshot)
 
-    # --- commit ----------------------------------------------------------------------------------
-
-    def _commit(
-        self,
-        state: SessionState,
-        change: Change,
-        identity: Identity,
-        seconds: float,
-        durability: Durability | None = None,
-        *,
-        back: Back | None = None,
-    ) -> Waiting[dict[str, Any]]:
-        """Append the event of an applied change, count it in, and return the reply's scalars.
-
-        ``back`` leads to this thread, which must not wait for a disk.
-        """
-        made = state.version + 1 if change.moves else None
-        if change.kind != "step" or state.updates == 0:
-            self._held.measure(state)
-        reply = {"applied_version": made, **change.reply}
-        owner_epoch, news = self._held.own(), self._held.news(state)
-        event = event_of(self.key, state, change, identity, reply, owner_epoch, news, durability)
-        if self._executor.spare and back is None:
-            [outcome] = self._store.append([event])
-        else:  # the thread is better used for somebody else's numbers
-            [outcome] = yield self._store.submit([event], back)
-        if outcome.error is not None:
-            # After Unavailable the event may be committed all the same, and name its payload.
-            if event.payload is not None and not isinstance(outcome.error, Unavailable):
-                event.payload.discard()
-            raise outcome.error
-        state.commit(event)
-        if change.moves:
-            self._held.unpublish()
-        self._held.show(state)
-        self._held.snapshots.count(event, seconds)
-        self._held.apply_s = seconds
-        return {**counters(self.id, state, made), **reply}
+    def _write_snapshot(self) -> Waiting[None]:
+        if self.row.durability == "memory" and self._held.gathers:
+            state = self._loaded()
+            if state.round.open:  # its pushes are in this process alone
+                yield from self._gathering.fail(state, "the server stops")
+        self._held.write_snapshot(self.put_away)
 
     def _repeat(self, state: SessionState, known: Duplicate) -> dict[str, Any]:
         told = counters(self.id, state, known.applied_version)

@@ -81,7 +81,8 @@ class Snapshots:
 
     def write_if_due(self, state: SessionState) -> None:
         """Begin a snapshot if replay became too long and none is under way."""
-        if self.under_way or not self._due(state.layout.nbytes):
+        # The pushes of an open round are in the journal alone, whose payloads a snapshot may end.
+        if self.under_way or state.round.open or not self._due(state.layout.nbytes):
             return
         try:
             self.begin(state)

@@ -17,10 +17,13 @@ from optserve.optim.engine import Engine, Outcome
 from optserve.optim.gradients import Inspected
 from optserve.optim.layout import Layout
 from optserve.sessions import config as configs
-from optserve.sessions import frames
+from optserve.sessions import frames, workers
 from optserve.sessions.fields import shown
+from optserve.sessions.identity import Duplicate, Identity
 from optserve.sessions.intake import Step
-from optserve.sessions.ledger import Duplicate, Identity, Ledger
+from optserve.sessions.ledger import Ledger
+from optserve.sessions.round import Round
+from optserve.sessions.step import Expected
 from optserve.store import Event
 from optserve_client import wire
 from optserve_client.errors import (
@@ -55,6 +58,8 @@ class SessionState:
     inexact: str | None = None
     #: Acknowledged events were lost at least once: a seq from the future may be of one of them.
     rewound: bool = False
+    #: Pushes of several workers that wait for each other.
+    round: Round = field(default_factory=Round)
 
     @property
     def layout(self) -> Layout:
@@ -68,13 +73,25 @@ class SessionState:
         inspected: Inspected,
         changes: list[dict[str, Any]],
         recorded: Mapping[str, Any] | None = None,
+        weight: float = 1.0,
     ) -> Outcome:
         """Apply one gradient: params first, then groups, best, and the update."""
         fields = step.fields
         self.take(step, changes)
-        self._offer_best(fields.loss, fields.metrics)
-        metric = monitored(self.engine.monitor, fields.loss, fields.metrics)
-        return self.engine.push(inspected, metric=metric, recorded=recorded)
+        return self.update(inspected, fields.loss, fields.metrics, recorded, weight)
+
+    def update(
+        self,
+        inspected: Inspected,
+        loss: float | None,
+        metrics: Mapping[str, float],
+        recorded: Mapping[str, Any] | None = None,
+        weight: float = 1.0,
+    ) -> Outcome:
+        """Offer the params to best, then update them."""
+        self._offer_best(loss, metrics)
+        metric = monitored(self.engine.monitor, loss, metrics)
+        return self.engine.push(inspected, metric=metric, weight=weight, recorded=recorded)
 
     def take(self, step: Step, changes: list[dict[str, Any]]) -> None:
         """Make the caller's params and hyperparameters the session's, before the update."""
@@ -240,12 +257,37 @@ class SessionState:
             reply=event.record["reply"],
             time=event.time,
         )
+        if (event.kind != "create" and self.config.get("workers")) or event.kind == "worker":
+            self._count_workers(event)
+
+    def _count_workers(self, event: Event) -> None:
+        """Count in what an event says of workers and of their round."""
+        request, reply = event.record.get("request", {}), event.record["reply"]
+        if event.kind == "worker" and request["removed"]:
+            self.ledger.remove(request["worker"])
+        elif event.kind == "worker":
+            self.ledger.register(request["worker"], request["epoch"], event.time)
+        elif event.worker is not None and event.kind in ("step", "contribution"):
+            self.ledger.pushed(event.worker, request.get("base_version"))
+        for push in self.round.contributions.values():
+            if event.kind == "close":
+                answer = push.answer(reply)
+                self.ledger.resolve(push, applied_version=answer["applied_version"], reply=answer)
+            elif event.kind == "fail":
+                self.ledger.release(push)
+        self.round.note(event)
 
     # --- frames ----------------------------------------------------------------------------------
 
     def frame(self) -> list[bytes | memoryview]:
-        """Return the state file; its buffers are views of live memory: copy them under the turn."""
+        """Return the state file; its buffers are views of live memory: copy them under the turn.
+
+        The pushes of an open round are not in it: in its ledger they are as of one that failed.
+        """
         meta, tensors = checkpoint.dump(self.engine)
+        ledger = copy.deepcopy(self.ledger) if self.round.open else self.ledger
+        for push in self.round.contributions.values():
+            ledger.release(push)
         return frames.encode(
             {
                 "config": self.config,
@@ -261,7 +303,8 @@ class SessionState:
                 "fingerprint": self.fingerprint,
                 "inexact": self.inexact,
                 "rewound": self.rewound,
-                "ledger": self.ledger.dump(),
+                "rounds": self.round.ended,
+                "ledger": ledger.dump(),
                 "engine": meta,
             },
             tensors,
@@ -323,6 +366,16 @@ def restore(meta: Mapping[str, Any], engine: Engine) -> SessionState:
         fingerprint=meta["fingerprint"],
         inexact=meta["inexact"],
         rewound=meta["rewound"],
+        round=Round(ended=meta.get("rounds", 0)),  # older files have none
+    )
+
+
+def expected_of(state: SessionState) -> Expected:
+    """Return what the tensors of a step must be."""
+    return Expected(
+        layout=state.layout,
+        sparse=state.engine.recipe.sparse,
+        kind=workers.kind(state.config),
     )
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from optserve.optim.arena import GradientBuffer
 from optserve.optim.layout import Layout
 from optserve.sessions.fields import StepFields, shown, unknown
 from optserve.sessions.journaling import Unkept
+from optserve.sessions.passing import Passing
 from optserve.store import Payload, PayloadWriter
 from optserve_client import wire
 from optserve_client.errors import Invalid, MissingGradient
-
-if TYPE_CHECKING:
-    from optserve.optim.arena import GradientBuffer
 
 #: Takes a gradient buffer of the session's dense tensors.
 Lease = Callable[[], "GradientBuffer"]
@@ -36,6 +35,11 @@ class Sparse:
     shape: tuple[int, ...]
 
 
+def nothing(layout: Layout) -> GradientBuffer:
+    """Return a buffer without room, for a gradient that nobody keeps."""
+    return GradientBuffer(layout.subset(()), lambda _: None)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """A checked step: each parameter has a gradient in buffer or sparse, or is in none."""
@@ -45,6 +49,8 @@ class Step:
     expected: Expected
     #: Leased; whoever holds the step gives it back, once.
     buffer: GradientBuffer
+    #: The gradient is not in the buffer, it went to the journal: what was found on the way.
+    passed: Passing | None = None
     #: Parameters whose gradient is None; the buffer holds nothing of meaning for them.
     none: frozenset[str]
     sparse: dict[str, Sparse]
@@ -69,8 +75,20 @@ class Expected:
 
     layout: Layout
     sparse: frozenset[str]
+    #: What dense tensors are: ``grad`` or, where workers push what they changed, ``delta``.
+    kind: str = "grad"
     #: Tensors of the last body that was found to be complete: from step to step they are the same.
     known: list[tuple[wire.TensorInfo, ...]] = field(default_factory=list, compare=False)
+
+    @property
+    def dense(self) -> Layout:
+        """The layout of a gradient buffer."""
+        return self.layout.subset(n for n in self.layout.names if n not in self.sparse)
+
+    @property
+    def plural(self) -> str:
+        """What a JSON body calls them all."""
+        return f"{self.kind}s"
 
     def slot_shape(self, name: str, what: str) -> tuple[int, ...]:
         slot = self.layout.by_name.get(name)
@@ -150,19 +168,22 @@ def step_from_json(
     writer: OpenWriter,
     digest: bytes,
 ) -> Step:
-    """Return the step in a parsed JSON body: ``grads``, ``params`` and the fields of StepFields.
+    """Return the step in a parsed JSON body: ``grads`` (or ``deltas``), ``params`` and StepFields.
 
     Numbers are decoded into the leased buffer, and a frame of the same content is written for the
     journal. Raises Invalid and MissingGradient; a buffer that was leased is given back then.
     """
-    layout = expected.layout
-    grads = _named_tensors(body, "grads")
-    fields = StepFields.parse({k: v for k, v in body.items() if k not in {"grads", "params"}})
+    layout, plural = expected.layout, expected.plural
+    for other in {"grads", "deltas"} - {plural}:
+        if other in body:
+            raise Invalid(f"{other}: the session takes {plural}", field=other)
+    grads = _named_tensors(body, plural)
+    fields = StepFields.parse({k: v for k, v in body.items() if k not in {plural, "params"}})
     if fields.int8_block is not None:
         raise no_int8(fields.int8_block)
     given = {name: value for name, value in grads.items() if value is not None}
     for name, value in grads.items():
-        what = f"grads[{shown(name)}]"
+        what = f"{plural}[{shown(name)}]"
         if isinstance(value, dict) and "indices" in value:
             expected.check_sparse(name, what)
         elif value is None:
@@ -181,9 +202,9 @@ def step_from_json(
         frame: dict[str, wire.Tensor] = {}
         for name, value in given.items():
             if name not in expected.sparse:
-                tensor = _read(value, f"grads[{shown(name)}]", layout.dtype, expected, name)
+                tensor = _read(value, f"{plural}[{shown(name)}]", layout.dtype, expected, name)
                 buffer.view(name)[:] = wire.as_bytes(tensor)
-                frame[f"grad/{name}"] = buffer.array(name)
+                frame[f"{expected.kind}/{name}"] = buffer.array(name)
         for name, coo in coos.items():
             frame[f"sparse/{name}/indices"] = coo.indices
             frame[f"sparse/{name}/values"] = coo.values
@@ -222,7 +243,7 @@ def _read(value: Any, what: str, dtype: str, expected: Expected, name: str) -> w
 
 
 def _read_sparse(value: Mapping[str, Any], name: str, expected: Expected) -> Sparse:
-    what, shape = f"grads[{shown(name)}]", expected.layout.by_name[name].shape
+    what, shape = f"{expected.plural}[{shown(name)}]", expected.layout.by_name[name].shape
     if value.keys() != {"indices", "values", "shape"}:
         raise Invalid(
             f"{what} must have exactly the keys indices, values and shape, got {shown(list(value))}"

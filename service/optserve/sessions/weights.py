@@ -8,7 +8,7 @@ import numpy as np
 
 from optserve.optim.engine import Engine
 from optserve.sessions.lending import Loan
-from optserve.sessions.published import Published
+from optserve.sessions.published import Published, revision
 from optserve.sessions.state import SessionState
 from optserve_client import wire
 from optserve_client.errors import Invalid
@@ -25,7 +25,7 @@ def publish(state: SessionState, weights: str, loan: Loan | None = None) -> Publ
         generation=state.generation,
         version=state.version,
         weights=weights,
-        revision="" if weights == "live" else f".{state.lsn}",
+        revision=revision(weights, state.lsn),
         layout=state.layout,
         loan=loan or _loan(state.engine, weights),
     )

@@ -213,11 +213,14 @@ class Store(Protocol):
         """What the ready line calls it: ``memory``, ``sqlite`` or ``postgresql``."""
 
     def writer(
-        self, size_hint: int | None = None, durability: Durability = "always"
+        self,
+        size_hint: int | None = None,
+        durability: Durability = "always",
+        *,
+        read_soon: bool = False,
     ) -> PayloadWriter:
         """Return a writer for a payload of ``size_hint`` bytes (None: unknown), for an event or
-        snapshot of
-        this durability."""
+        snapshot of this durability. ``read_soon``: it pays to keep it in memory for a while."""
 
     def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
         """Commit each event on its own, in order; the future has one outcome per event.

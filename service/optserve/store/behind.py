@@ -34,28 +34,30 @@ class Behind:
         #: A file whose end was still on its way to the medium when its last job ended.
         self._left: Path | None = None
 
-    def trail(self, file: HeldFile) -> Trail:
-        """Return what follows the writer of ``file``."""
-        return Trail(self, file)
+    def trail(self, file: HeldFile, *, keep: bool) -> Trail:
+        """Return what follows the writer of ``file``; ``keep``: its memory stays in use."""
+        return Trail(self, file, keep)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def submit(self, file: HeldFile, begin: int, end: int, last: bool) -> Future[None]:
+    def submit(
+        self, file: HeldFile, begin: int, end: int, *, last: bool, keep: bool
+    ) -> Future[None]:
         """Move these bytes, soon; ``last``: no more come. Raises RuntimeError after close."""
-        return self._thread.submit(self._move, file, begin, end, last)
+        return self._thread.submit(self._move, file, begin, end, last, keep)
 
-    def _move(self, file: HeldFile, begin: int, end: int, last: bool) -> None:
+    def _move(self, file: HeldFile, begin: int, end: int, last: bool, keep: bool) -> None:
         self._forget_left()
         with contextlib.suppress(OSError):  # it is the sync that must not fail
             try:
                 fd = file.hold()
                 self._disk.write_back(fd, begin, end - begin)
-                if end > LAG_BYTES:
+                if end > LAG_BYTES and not keep:
                     self._disk.forget(fd, end - LAG_BYTES)
             finally:
                 file.release()
-        if last:
+        if last and not keep:
             self._left = file.path
 
     def _forget_left(self) -> None:
@@ -73,9 +75,10 @@ class Behind:
 class Trail:
     """Follows one writer, one job at a time: each takes all that has come since the one before."""
 
-    def __init__(self, behind: Behind, file: HeldFile) -> None:
+    def __init__(self, behind: Behind, file: HeldFile, keep: bool) -> None:
         self._behind = behind
         self._file = file
+        self._keep = keep
         self._moved = 0
         self._job: Future[None] | None = None
 
@@ -91,5 +94,7 @@ class Trail:
 
     def _submit(self, end: int, *, last: bool) -> None:
         with contextlib.suppress(RuntimeError):  # closed meanwhile
-            self._job = self._behind.submit(self._file, self._moved, end, last)
+            self._job = self._behind.submit(
+                self._file, self._moved, end, last=last, keep=self._keep
+            )
             self._moved = end

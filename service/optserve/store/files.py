@@ -64,15 +64,17 @@ class PayloadFiles:
         self._prefix = secrets.token_hex(12)
         self._numbers = count()
 
-    def writer(self, size_hint: int | None, durability: Durability) -> BufferedWriter:
+    def writer(
+        self, size_hint: int | None, durability: Durability, read_soon: bool = False
+    ) -> BufferedWriter:
         """Return a writer whose ``seal`` starts the sync if ``durability`` is ``always``.
 
         A payload of up to 64 KiB stays in memory, and one whose durability is ``memory`` gets no
-        name in the directory.
+        name in the directory. ``read_soon``: it stays in the system's cache.
         """
         self._check_open()
         if durability != "memory":
-            return FileWriter(self, size_hint or 0, durability)
+            return FileWriter(self, size_hint or 0, durability, read_soon)
         with self._lock:
             self._spool = self._spool or Spool()
         return self._spool.writer(size_hint)
@@ -302,10 +304,13 @@ class FileWriter(BufferedWriter):
     _fd: int
     _trail: Trail
 
-    def __init__(self, files: PayloadFiles, size_hint: int, durability: Durability) -> None:
+    def __init__(
+        self, files: PayloadFiles, size_hint: int, durability: Durability, read_soon: bool
+    ) -> None:
         super().__init__(size_hint)
         self._files = files
         self._durability = durability
+        self._read_soon = read_soon
 
     def _begin(self) -> None:
         try:
@@ -313,7 +318,7 @@ class FileWriter(BufferedWriter):
         except OSError as exc:
             raise refused(exc, "cannot make a payload file") from exc
         self._fd = self._file.hold()
-        self._trail = self._files.behind.trail(self._file)
+        self._trail = self._files.behind.trail(self._file, keep=self._read_soon)
 
     def _put(self, piece: memoryview, at: int) -> None:
         disk = self._files.disk

@@ -84,7 +84,11 @@ class MemoryStore:
         self._closed = False
 
     def writer(
-        self, size_hint: int | None = None, durability: Durability = "always"
+        self,
+        size_hint: int | None = None,
+        durability: Durability = "always",
+        *,
+        read_soon: bool = False,
     ) -> PayloadWriter:
         return self._spool.writer(size_hint)
 

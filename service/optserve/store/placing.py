@@ -63,9 +63,11 @@ class Placing:
         self.files = files
         self._spool = Spool() if files is None else None
 
-    def writer(self, size_hint: int | None, durability: Durability) -> PayloadWriter:
+    def writer(
+        self, size_hint: int | None, durability: Durability, read_soon: bool = False
+    ) -> PayloadWriter:
         if self.files is not None:
-            return self.files.writer(size_hint, durability)
+            return self.files.writer(size_hint, durability, read_soon)
         assert self._spool is not None
         return self._spool.writer(size_hint)
 

@@ -147,10 +147,14 @@ class SqlStore:
     # --- writing ---
 
     def writer(
-        self, size_hint: int | None = None, durability: Durability = "always"
+        self,
+        size_hint: int | None = None,
+        durability: Durability = "always",
+        *,
+        read_soon: bool = False,
     ) -> PayloadWriter:
         self._check_open()
-        return self._placing.writer(size_hint, durability)
+        return self._placing.writer(size_hint, durability, read_soon)
 
     def submit(self, events: Sequence[Event], soon: Soon | None = None) -> Future[list[Outcome]]:
         self._check_open()
