@@ -12,6 +12,7 @@ import pytest
 from optserve.sessions import pushes as module
 from optserve.sessions.session import Session
 from optserve_client import wire
+from optserve_client.errors import OutOfSpace
 from optserve_client.wire import SAFETENSORS
 from tests.integration.api_client import BINARY, CREATE, GRADS, Api, asking, f32, frame, unframe
 from tests.unit.test_pushes import Clock
@@ -269,6 +270,23 @@ def test_a_refused_commit_leaves_nothing_behind(api: Api) -> None:
     assert (told["duplicate"], told["version"]) == (False, 1)
 
 
+@pytest.mark.parametrize("size", [4, 40_000])
+def test_a_disk_that_is_full_leaves_the_push_as_it_is(
+    api: Api, registry: Any, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    def full(*args: Any) -> None:
+        raise OutOfSpace
+
+    create(api, params={"w": [0.5] * size})
+    url = opened(api, worker="me", seq=1)
+    fill(api, url, {"w": [0.25] * size})
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.store, "writer", full)
+        problem(api.post(f"{url}/commit"), 507, "out_of_space")
+    assert api.get(url).json()["arrived"] == ["w"]
+    assert api.post(f"{url}/commit").json()["version"] == 1
+
+
 def test_what_is_wrong_with_the_sender_is_found_while_the_push_can_still_be_committed(
     api: Api,
 ) -> None:
@@ -373,16 +391,16 @@ def test_a_session_that_is_put_away_comes_back_for_the_commit(api: Api, registry
     url = opened(api)
     fill(api, url, {"w": GRADS["w"]})
     session = registry.get("default", "s")
-    assert session.put_away()
+    wait_until(session.put_away, "an idle session")
     fill(api, url, {"b": GRADS["b"]})
-    assert session.put_away()
+    wait_until(session.put_away, "an idle session")
     assert api.post(f"{url}/commit").json()["version"] == 1
 
 
 def test_a_session_that_was_never_read_back_is_read_for_a_push(api: Api, registry: Any) -> None:
     create(api)
     known = registry.get("default", "s")
-    assert known.put_away()
+    wait_until(known.put_away, "an idle session")
     registry._sessions[known.key] = Session(registry._home, known.row)
     url = opened(api)
     fill(api, url)

@@ -254,7 +254,9 @@ def test_a_parameter_may_have_no_gradient_by_null_or_by_name() -> None:
     with pytest.raises(Invalid, match="none came when the push was opened"):
         push.joined({"none": ["emb"]})
     bench.put_json(push, "emb", {"grad": None})
-    assert bench.commit(push).none == {"a/b", "w", "emb"}
+    step = bench.commit(push)
+    assert step.none == {"a/b", "w", "emb"}
+    assert step.fields.none == ["a/b", "emb", "w"]  # one order, for the digest
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -598,7 +600,7 @@ def test_open_pushes_leave_two_buffers_to_ordinary_steps(monkeypatch: pytest.Mon
     bench = Bench()
     nbytes = bench.shape.pool.layout.nbytes
     for place in (module, __import__("optserve.optim.arena", fromlist=["arena"])):
-        monkeypatch.setattr(place, "LEASED_BYTES", 3 * nbytes)
+        monkeypatch.setattr(place, "LEASED_BYTES", nbytes)
     push = bench.open()
     with pytest.raises(Unavailable, match="1 pushes are open, the limit of this session is 1"):
         bench.open()
