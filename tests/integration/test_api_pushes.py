@@ -274,7 +274,7 @@ def test_a_refused_commit_leaves_nothing_behind(api: Api) -> None:
 def test_a_disk_that_is_full_leaves_the_push_as_it_is(
     api: Api, registry: Any, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **named: Any) -> None:
         raise OutOfSpace
 
     create(api, params={"w": [0.5] * size})
