@@ -178,6 +178,7 @@ BODIES: list[Any] = [
     {"loss": 0.5, "return": "none"},
     {"lr": 0.01, "abandon": True},
     {"name": "a name"},
+    {"name": "w0"},
     {"version": 0, "metrics": {"acc": 0.5}},
     {"version": 0, "abandon": True},
     {"metrics": 0.5},
@@ -229,6 +230,8 @@ def names_of(path: str) -> tuple[str, ...]:
     """Return what may stand for ``{name}``."""
     if "{name}" not in path:
         return ("",)
+    if "/workers/" in path:
+        return ("w0",)
     return ("w",) if "/pushes/" in path else ("adamw", "step_lr")
 
 

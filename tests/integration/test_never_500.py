@@ -125,8 +125,9 @@ class Target:
         push: str = json.loads(body)["push"]
         name = session.rpartition("/")[2].removeprefix(self.prefix)
         step = SESSIONS.get(name, SESSIONS["plain"])[1]
-        for name, grad in step["grads"].items():
-            self.talk.ask("PUT", f"{session}/pushes/{push}/{name}", {"grad": grad})
+        kind = "delta" if "deltas" in step else "grad"
+        for name, grad in step[f"{kind}s"].items():
+            self.talk.ask("PUT", f"{session}/pushes/{push}/{name}", {kind: grad})
         return push
 
     def check(self, sent: Sent) -> None:

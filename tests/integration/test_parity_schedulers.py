@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as torchs
 
+from optserve.sessions import describe
 from optserve.sessions.registry import Registry
 from tests import local
 from tests.local import NOBODY, create, exported
@@ -192,7 +193,7 @@ def test_lr_and_momenta_are_torchs_through_exports_and_imports(
     )
     scheduler = build(alone)
     metrics = [1.0 / (1 + i // 7) for i in range(STEPS)] if row == "ReduceLROnPlateau" else None
-    ahead = session.outlook().result(60).ahead(STEPS, metrics)["steps"]
+    ahead = session.run(describe.Outlook.of).result(60).ahead(STEPS, metrics)["steps"]
     for i in range(STEPS):
         status = session.status().result(60)
         assert moving(status["groups"]) == moving(alone.param_groups), f"step {i}"
