@@ -200,6 +200,10 @@ def send_spoilt_requests(target: Target, examples: int, seed: int = 2026) -> Non
     run()
 
 
+#: What ``{name}`` stands for, by what comes before it.
+NAMES = {"optimizers": "adamw", "schedulers": "step_lr", "pushes": "w", "workers": "step_lr"}
+
+
 def test_each_route_has_a_request_that_is_right_before_it_is_spoilt(server: ServerProcess) -> None:
     answered = set()
     with closing(Target(server, "right-")) as target:
@@ -218,7 +222,7 @@ def test_each_route_has_a_request_that_is_right_before_it_is_spoilt(server: Serv
     for path, methods in json.loads(body)["paths"].items():
         named = path.replace("{session_id}", "plain").replace("{index}", "0")
         named = named.replace("{version}", "1").replace("{push_id}", fuzzing.PUSH)
-        for kind, name in (("optimizers", "adamw"), ("schedulers", "step_lr"), ("pushes", "w")):
+        for kind, name in NAMES.items():
             named = named.replace("{name}", name) if f"/{kind}/" in path else named
         close = {named, named.replace("plain", "rich"), f"{named}-new", f"{named}-imported"}
         for method in methods:
