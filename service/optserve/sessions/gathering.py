@@ -259,6 +259,8 @@ class Gathering:
             yield from self._committer.commit(state, rounds.fail(state, why), NOBODY, 0.0)
         told = f"round {number} failed: {why}"
         self.end(RoundFailed(told, version=state.version, round=number))
+        # What was dropped is in the journal until snapshots end it.
+        self._held.snapshots.write_if_due(state)
 
     def _give_up(self, exc: Exception) -> None:
         if not isinstance(exc, OptserveError):

@@ -1,0 +1,37 @@
+"""What a review of the rounds found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from optserve.sessions.registry import Registry
+from optserve.store.opening import open_store
+from optserve_client.errors import RoundFailed
+from tests.local import arrays, create
+from tests.rounds import Clock, ended, push, round_of, sync, waits
+from tests import rounds
+
+SHAPES = {"w": (300, 300)}
+
+
+def test_rounds_that_fail_again_and_again_do_not_fill_the_disk(tmp_path: Path) -> None:
+    clock = Clock()
+    store = open_store(url=None, data_dir=tmp_path, files=None)
+    registry = Registry(store, threads=torch.get_num_threads(), alarms=clock)
+    session = create(registry, sync(3, deadline_s=10), arrays(0, SHAPES))
+    most = 0
+    for seq in range(1, 61):
+        replies = [push(session, w, seq, 0, arrays(seq, SHAPES)) for w in "ab"]
+        clock.advance(10, session)
+        for reply in replies:
+            with pytest.raises(RoundFailed):
+                ended(reply)
+        files = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file() and "payload" in str(f))
+        most = max(most, files)
+    registry.close()
+    gradient = 4 * 300 * 300
+    assert most < 45 * gradient, most / gradient
