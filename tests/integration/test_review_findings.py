@@ -12,7 +12,7 @@ from optserve.sessions.registry import Registry
 from optserve.store.opening import open_store
 from optserve_client.errors import RoundFailed
 from tests.local import arrays, create
-from tests.rounds import Clock, ended, push, round_of, sync, waits
+from tests.rounds import Clock, ended, push, sync
 from tests import rounds
 
 SHAPES = {"w": (300, 300)}
@@ -35,3 +35,13 @@ def test_rounds_that_fail_again_and_again_do_not_fill_the_disk(tmp_path: Path) -
     registry.close()
     gradient = 4 * 300 * 300
     assert most < 45 * gradient, most / gradient
+
+
+@pytest.mark.parametrize("form", [{"return": "delta"}, {"return_dtype": "bfloat16"}])
+def test_what_several_want_alike_is_made_once(form: dict[str, str]) -> None:
+    shapes = {"w": (1024, 1024)}
+    with rounds.registry() as (registry, _):
+        session = create(registry, sync(4), arrays(0, shapes))
+        replies = [push(session, w, 1, 0, arrays(1, shapes), **form) for w in "abcd"]
+        found = [ended(reply).params for reply in replies]
+    assert len({id(params.loan) for params in found if params is not None}) == 1
