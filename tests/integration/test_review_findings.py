@@ -30,7 +30,9 @@ def test_rounds_that_fail_again_and_again_do_not_fill_the_disk(tmp_path: Path) -
         for reply in replies:
             with pytest.raises(RoundFailed):
                 ended(reply)
-        files = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file() and "payload" in str(f))
+        files = sum(
+            f.stat().st_size for f in tmp_path.rglob("*") if f.is_file() and "payload" in str(f)
+        )
         most = max(most, files)
     registry.close()
     gradient = 4 * 300 * 300

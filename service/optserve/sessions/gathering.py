@@ -222,7 +222,7 @@ class Gathering:
             why = exc.detail if isinstance(exc, OptserveError) else repr(exc)
             log.warning("a round fails", session=self._held.row.key.session, why=why)
             self._remind(self._alarms.now() + AGAIN_S)  # if failing fails
-            yield from self.fail(self._load(), why)
+            yield from self.fail(self._load(), why, back)
             return
         self._held.snapshots.write_if_due(state)
         waiters, self._waiters = self._waiters, []
@@ -256,11 +256,12 @@ class Gathering:
         except Exception as exc:  # the round is closed, whatever becomes of an answer
             waiter.future.set_exception(exc)
 
-    def fail(self, state: SessionState, why: str) -> Waiting[None]:
+    def fail(self, state: SessionState, why: str, back: Back | None = None) -> Waiting[None]:
         """Drop the open round, and say so to all who wait for it."""
         number = state.round.number
         with self._held.committing():
-            yield from self._committer.commit(state, rounds.fail(state, why), NOBODY, 0.0)
+            change = rounds.fail(state, why)
+            yield from self._committer.commit(state, change, NOBODY, 0.0, back=back)
         told = f"round {number} failed: {why}"
         self.end(RoundFailed(told, version=state.version, round=number))
         # What was dropped is in the journal until snapshots end it.
