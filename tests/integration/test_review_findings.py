@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from optserve.sessions.registry import Registry
 from optserve.store.opening import open_store
 from optserve_client.errors import RoundFailed
+from tests import rounds
 from tests.local import arrays, create
 from tests.rounds import Clock, ended, push, sync
-from tests import rounds
 
 SHAPES = {"w": (300, 300)}
 
