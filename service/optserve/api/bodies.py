@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from optserve.api.codings import Decoding, request_coding
 from optserve.api.connection import EXTENSION, Exchange
-from optserve.api.streams import READ_BYTES, Pace, Sink
+from optserve.api.streams import READ_BYTES, Pace, Sink, tell_loop
 from optserve.api.waiting import OFF_LOOP_BYTES
 from optserve.settings import Settings
 from optserve_client.errors import Malformed, TooLarge, UnsupportedMediaType
@@ -135,9 +135,11 @@ class Body:
         if self._decoding is not None:
             async for piece in self.chunks():
                 sink.feed(piece)
+                await _caught_up(sink)
             return
         while (chunk := await self._more()) is not None:
             sink.feed(chunk)
+            await _caught_up(sink)
             if self.length is None or self._connection is None:
                 continue
             if self.length - self._received > LENT_BYTES and sink.room() is not None:
@@ -194,6 +196,15 @@ class Body:
         return sink.whole
 
 
+async def _caught_up(sink: Sink) -> None:
+    """Wait until the sink may have more."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    while sink.behind(lambda: tell_loop(loop, ready.set)):
+        await ready.wait()
+        ready.clear()
+
+
 async def _decoded(decoding: Decoding, chunk: bytes | bytearray) -> AsyncIterator[bytes]:
     """Yield what ``chunk`` brings: a small beginning of it at once, the rest from a thread."""
     decoding.give(chunk)
@@ -227,6 +238,9 @@ class Announced:
     def filled(self, nbytes: int) -> None:
         self.nbytes += nbytes
 
+    def behind(self, tell: Callable[[], object]) -> bool:
+        return False
+
     def _made(self) -> memoryview:
         if self._block is None:
             # Neither zeroed nor touched, and in large pages, which are soon there.
@@ -249,3 +263,6 @@ class Growing:
 
     def filled(self, nbytes: int) -> None:
         raise AssertionError("there was no room")
+
+    def behind(self, tell: Callable[[], object]) -> bool:
+        return False

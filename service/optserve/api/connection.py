@@ -26,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.protocols.utils import is_ssl
 
-from optserve.api.streams import READ_BYTES, Pace, Part, Sink, Whole, pieces, size_of
+from optserve.api.streams import READ_BYTES, Pace, Part, Sink, Whole, pieces, size_of, tell_loop
 
 log = structlog.get_logger(__name__)
 
@@ -279,9 +279,12 @@ class _Lent(asyncio.BufferedProtocol):
         self._begun = self._last = self._loop.time()
         self._look_again: asyncio.TimerHandle | None = None
         self._room: memoryview | None = None
+        #: Since when nothing is read, because the sink has enough to do; None: all is read.
+        self._held: float | None = None
         if self._find_room():
             self._take_over(self)
             self._look()
+            self._hold_back()
 
     def _take_over(self, protocol: asyncio.BaseProtocol) -> None:
         """Let ``protocol`` have what arrives."""
@@ -297,7 +300,7 @@ class _Lent(asyncio.BufferedProtocol):
 
     def waste(self) -> None:
         """Throw away what is left: ``ended`` is another future, of that."""
-        self._sink = None
+        self._sink = self._held = None
         self._stop_looking()
         self.ended = self._loop.create_future()
         if self._received == self._length or self._connection.cycle.disconnected:
@@ -331,8 +334,8 @@ class _Lent(asyncio.BufferedProtocol):
                 return
         if self._received == self._length:
             self._end()
-        elif self._sink is not None:
-            self._find_room()
+        elif self._sink is not None and self._find_room():
+            self._hold_back()
 
     def eof_received(self) -> None:
         """The transport closes itself."""
@@ -347,6 +350,20 @@ class _Lent(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         self._connection.resume_writing()
 
+    def _hold_back(self) -> None:
+        """Read nothing as long as the sink is behind."""
+        if self._sink is None or self.ended.done():
+            return
+        if self._sink.behind(lambda: tell_loop(self._loop, self._hold_back)):
+            if self._held is None:
+                self._held = self._loop.time()
+            self._connection.flow.pause_reading()
+        elif self._held is not None:
+            self._begun += self._loop.time() - self._held  # the sender could do nothing
+            self._held, self._last = None, self._loop.time()
+            if not self._connection.transport.is_closing():
+                self._connection.flow.resume_reading()
+
     # --- its end ---------------------------------------------------------------------------------
 
     def _find_room(self) -> bool:
@@ -360,7 +377,7 @@ class _Lent(asyncio.BufferedProtocol):
 
     def _look(self) -> None:
         """Give up after a silence."""
-        idle_s = self._loop.time() - self._last
+        idle_s = 0.0 if self._held is not None else self._loop.time() - self._last
         if idle_s < self._pace.silence_s:
             self._look_again = self._loop.call_later(self._pace.silence_s - idle_s, self._look)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from optserve_client.errors import BodyTimeout
@@ -23,6 +25,10 @@ class Sink(Protocol):
 
     def filled(self, nbytes: int) -> None:
         """Take the first bytes of :meth:`room`, which are there now."""
+
+    def behind(self, tell: Callable[[], object]) -> bool:
+        """Return whether no more should come for a while; then ``tell`` is called when it may, on
+        any thread."""
 
 
 class Part(Protocol):
@@ -89,3 +95,9 @@ def pieces(part: Part) -> Iterator[bytes]:
     while at < part.nbytes:
         at += part.use(at, copy)
         yield copies.pop()
+
+
+def tell_loop(loop: asyncio.AbstractEventLoop, tell: Callable[[], object]) -> None:
+    """Have ``tell`` called on ``loop``, unless that has ended."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(tell)

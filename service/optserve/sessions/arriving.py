@@ -150,6 +150,10 @@ class Arrival:
         self._check()
         self._intake.filled(nbytes)
 
+    def behind(self, tell: Callable[[], object]) -> bool:
+        """Nothing waits to be written: its place has room for all."""
+        return False
+
     # --- its end ---------------------------------------------------------------------------------
 
     @property

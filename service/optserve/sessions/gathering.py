@@ -18,7 +18,7 @@ from optserve.sessions.fields import StepFields
 from optserve.sessions.holding import Holding
 from optserve.sessions.identity import Identity
 from optserve.sessions.published import Published
-from optserve.sessions.reply import Pending, Reply, counters, step_reply
+from optserve.sessions.reply import Forms, Pending, Reply, counters, step_reply
 from optserve.sessions.state import SessionState
 from optserve.sessions.stepping import Change
 from optserve.sessions.turn import Back, Turn, Waiting
@@ -222,12 +222,14 @@ class Gathering:
             why = exc.detail if isinstance(exc, OptserveError) else repr(exc)
             log.warning("a round fails", session=self._held.row.key.session, why=why)
             self._remind(self._alarms.now() + AGAIN_S)  # if failing fails
-            yield from self.fail(self._load(), why)
+            yield from self.fail(self._load(), why, back)
             return
         self._held.snapshots.write_if_due(state)
         waiters, self._waiters = self._waiters, []
+        forms: Forms = {}
         for waiter in waiters:
-            self._tell(waiter, state, pushes[waiter.worker].answer(change.reply), made, before)
+            answer = pushes[waiter.worker].answer(change.reply)
+            self._tell(waiter, state, answer, made, before, forms)
 
     def _tell(
         self,
@@ -236,6 +238,7 @@ class Gathering:
         answer: Mapping[str, Any],
         made: int,
         before: Published | None,
+        forms: Forms,
     ) -> None:
         if not waiter.future.set_running_or_notify_cancel():
             return
@@ -247,18 +250,22 @@ class Gathering:
         wants_delta = waiter.fields.return_ == "delta" and not waiter.duplicate
         try:
             current = lambda: self._held.publish(state, "live")
-            told = step_reply(waiter.fields, scalars, current, before if wants_delta else None)
+            old = before if wants_delta else None
+            told = step_reply(waiter.fields, scalars, current, old, forms)
             waiter.future.set_result(told)
         except Exception as exc:  # the round is closed, whatever becomes of an answer
             waiter.future.set_exception(exc)
 
-    def fail(self, state: SessionState, why: str) -> Waiting[None]:
+    def fail(self, state: SessionState, why: str, back: Back | None = None) -> Waiting[None]:
         """Drop the open round, and say so to all who wait for it."""
         number = state.round.number
         with self._held.committing():
-            yield from self._committer.commit(state, rounds.fail(state, why), NOBODY, 0.0)
+            change = rounds.fail(state, why)
+            yield from self._committer.commit(state, change, NOBODY, 0.0, back=back)
         told = f"round {number} failed: {why}"
         self.end(RoundFailed(told, version=state.version, round=number))
+        # What was dropped is in the journal until snapshots end it.
+        self._held.snapshots.write_if_due(state)
 
     def _give_up(self, exc: Exception) -> None:
         if not isinstance(exc, OptserveError):

@@ -7,6 +7,7 @@ has bytes copied there by :meth:`StepIntake.feed`; the journal gets them from th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,6 +120,12 @@ class StepIntake:
         except BaseException:
             self.abort()
             raise
+
+    def behind(self, tell: Callable[[], object]) -> bool:
+        """Return whether no more should come for a while; then ``tell`` is called when it may, on
+        another thread. A buffer that was leased has room for all."""
+        journal = None if self._passing is None else self._journal
+        return journal is not None and journal.behind(tell)
 
     def _check_open(self) -> None:
         if self._closed:

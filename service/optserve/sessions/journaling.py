@@ -16,6 +16,8 @@ from optserve_client.errors import OptserveError
 
 #: Smaller bodies are written by whoever reads them: another thread costs more.
 BEHIND_BYTES = 2**20
+#: What may wait to be written of a body that lies nowhere else, before no more of it is read.
+MOST_BEHIND_BYTES = 2**24
 #: Larger gradients are not kept in a session of durability ``memory``.
 KEPT_BYTES = 2**20
 
@@ -66,6 +68,11 @@ class Journaling:
         """Write ``piece``, now or soon. Raises what an earlier write has met."""
         self._writer.write(piece)
 
+    def behind(self, tell: Callable[[], object]) -> bool:
+        """Return whether so much waits to be written that no more should be added; then ``tell`` is
+        called once that is over, on another thread."""
+        return False
+
     def drain(self) -> None:
         """Return once everything is written."""
 
@@ -86,7 +93,9 @@ class JournalingBehind(Journaling):
         super().__init__(writer)
         self._executor = executor
         self._todo: deque[memoryview] = deque()
-        self._waiting = 0
+        #: Bytes that wait, and those that a job is writing.
+        self._waiting = self._in_hand = 0
+        self._tell: Callable[[], object] | None = None
         self._error: BaseException | None = None
         #: What a job that writes is to do at its end.
         self._release: Callable[[], None] | None = None
@@ -107,6 +116,13 @@ class JournalingBehind(Journaling):
         except OptserveError:
             self._asked = False
             raise
+
+    def behind(self, tell: Callable[[], object]) -> bool:
+        with self._changed:
+            if self._waiting + self._in_hand < MOST_BEHIND_BYTES:
+                return False
+            self._tell = tell
+            return True
 
     def drain(self) -> None:
         with self._changed:
@@ -141,11 +157,17 @@ class JournalingBehind(Journaling):
     def _next(self) -> deque[memoryview]:
         """Return what is to be written next; nothing ends the job."""
         with self._changed:
-            pieces, self._todo, self._waiting = self._todo, deque(), 0
+            pieces, self._todo, self._in_hand, self._waiting = self._todo, deque(), self._waiting, 0
             if self._error is not None:
                 pieces.clear()
+                self._in_hand = 0
+            tell = None
+            if self._in_hand < MOST_BEHIND_BYTES:
+                tell, self._tell = self._tell, None
             if not pieces:
                 self._asked = False
             self._writing = bool(pieces)
             self._changed.notify_all()
-            return pieces
+        if tell is not None:
+            tell()
+        return pieces

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from optserve.sessions.fields import StepFields
 from optserve.sessions.published import Published
@@ -13,6 +13,9 @@ from optserve.sessions.state import SessionState
 from optserve.sessions.weights import subtract
 from optserve_client import wire
 from optserve_client.errors import OptserveError
+
+#: Params as somebody wanted them: by ``params`` or ``delta`` and the dtype.
+Forms: TypeAlias = dict[tuple[str, str | None], Published]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +64,20 @@ def step_reply(
     scalars: dict[str, Any],
     current: Callable[[], Published],
     before: Published | None = None,
+    made: Forms | None = None,
 ) -> Reply:
-    """Return the reply to a step: ``current`` params, or what they are more than ``before``."""
+    """Return the reply to a step: ``current`` params, or what they are more than ``before``.
+
+    ``made``: forms of the same that others got, to which what is made here is added.
+    """
     wanted = fields.return_
     if wanted == "none":
         return Reply(scalars=scalars)
-    params, returned = current(), "params"
-    if before is not None and scalars["applied_version"] is not None:
-        params, returned = subtract(params, before), "delta"
-    if (dtype := fields.return_dtype) is not None:
-        params = params.narrowed(wire.dtype_tag(dtype))
+    delta = before is not None and scalars["applied_version"] is not None
+    returned, made = "delta" if delta else "params", {} if made is None else made
+    params = made.get(form := (returned, fields.return_dtype))
+    if params is None:
+        params = made[form] = _formed(current(), before if delta else None, fields.return_dtype)
     if wanted != returned:
         scalars = {**scalars, "returned": returned}
     return Reply(
@@ -78,5 +85,11 @@ def step_reply(
         params=params,
         returned=returned,
         encoding=fields.return_encoding,
-        dtype=dtype,
+        dtype=fields.return_dtype,
     )
+
+
+def _formed(params: Published, before: Published | None, dtype: str | None) -> Published:
+    if before is not None:
+        params = subtract(params, before)
+    return params if dtype is None else params.narrowed(wire.dtype_tag(dtype))
