@@ -1,4 +1,4 @@
-"""What a review of the rounds found."""
+"""What rounds leave behind: snapshots in time, forms of a reply that are shared, no waits on the loop."""
 
 from __future__ import annotations
 
