@@ -1,4 +1,4 @@
-"""What rounds leave behind: snapshots in time, forms of a reply that are shared, no waits on the loop."""
+"""What rounds leave behind: snapshots in time, replies that are shared, no waits on the loop."""
 
 from __future__ import annotations
 
