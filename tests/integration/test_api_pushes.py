@@ -80,8 +80,8 @@ def test_a_push_is_opened_filled_and_committed_as_one_version(api: Api) -> None:
     reply = api.post(f"{S}/pushes", json={"loss": 0.5})
     told = reply.json()
     assert reply.status_code == 201
-    assert set(told) == {"id", "push", "expires_at"}
-    assert told["id"] == "s"
+    assert set(told) == {"id", "push", "expires_at", "missing"}
+    assert (told["id"], told["missing"]) == ("s", 2)
     url = reply.headers["location"]
     assert url == f"{S}/pushes/{told['push']}"
     first = api.put(f"{url}/w", json={"grad": GRADS["w"]}).json()

@@ -248,7 +248,7 @@ def test_a_parameter_may_have_no_gradient_by_null_or_by_name() -> None:
     push = bench.open(none=["a/b"])
     bench.fill(push, {n: g for n, g in gradients(8).items() if n not in ("a/b", "w", "emb")})
     bench.put_json(push, "w", {"grad": None})
-    assert push.missing == 1
+    assert push.progress()["missing"] == 1
     with pytest.raises(MissingGradient, match="'emb' has no gradient"):
         push.close(push.joined({}))
     with pytest.raises(Invalid, match="none came when the push was opened"):
@@ -317,7 +317,7 @@ def test_a_frame_without_tensors_and_a_body_that_is_too_long_are_refused() -> No
     with pytest.raises(Malformed, match="goes on after"):
         arrival.feed(frame({"grad/w": np.zeros(5, "<f4")}) + b"x")
     arrival.abort()
-    assert push.missing == 5
+    assert push.progress()["missing"] == 5
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_a_json_body_that_is_no_gradient_is_refused(body: Any, sentence: str) ->
     with pytest.raises(Invalid) as caught:
         bench.put_json(push, "w", body)
     assert sentence in caught.value.detail
-    assert push.missing == 5
+    assert push.progress()["missing"] == 5
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ async def open_push(session_id: SessionId, request: Request) -> Response:
     json_media(request)
     session = session_of(request, session_id)
     push, new = await decode_opening(request, session)
-    opened = {"id": session.id, "push": push.id, "expires_at": push.expires_at}
+    opened = {"id": session.id, **push.progress()}
     location = f"/v1/sessions/{session.id}/pushes/{push.id}"
     return json_response(opened, 201 if new else 200, {"location": location})
 
@@ -116,8 +116,9 @@ async def delete_push(session_id: SessionId, push_id: PushId, request: Request) 
     ),
 )
 async def commit_push(session_id: SessionId, push_id: PushId, request: Request) -> Response:
-    """Answers like a step. The body may bring fields that the opening did not. While a gradient is
-    missing or on its way it is refused and the push stays; any other refusal ends it."""
+    """Answers like a step. The body may bring fields that the opening did not. If it is refused for
+    one of them, or for a gradient that is missing or on its way, the push stays; any other refusal
+    ends it."""
     media, key, session = any_media(request), header_key(request), session_of(request, session_id)
     step, key = await decode_commit(request, session, push_id, key)
     return await encode_reply(media, await stepped(request, session, step, key))
@@ -141,8 +142,7 @@ async def put_gradient(
     json_media(request)
     session = session_of(request, session_id)
     push = await decode_gradient(request, session, push_id, name)
-    told = {"id": session.id, "push": push.id, "name": name, "missing": push.missing}
-    return json_response({**told, "expires_at": push.expires_at})
+    return json_response({"id": session.id, "name": name, **push.progress()})
 
 
 # --- what they say -------------------------------------------------------------------------------

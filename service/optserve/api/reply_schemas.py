@@ -166,6 +166,7 @@ _PUSH: Members = {
         "description": "Unix seconds, unless more of it comes or it is committed.",
     },
 }
+_MISSING: Schema = {**COUNT, "description": "Parameters without a gradient so far."}
 _VERSION: Members = {
     "optserve": STRING,
     "torch": STRING,
@@ -222,14 +223,8 @@ REPLIES: dict[str, Schema] = {
     "Session": _all(_STATUS),
     "SessionPage": _all({"sessions": a_list(_all(_SUMMARY)), "next_cursor": nullable(STRING)}),
     "ParamsReply": _all(_PULL),
-    "PushOpened": _all(_PUSH),
-    "PushProgress": _all(
-        {
-            **_PUSH,
-            "name": STRING,
-            "missing": {**COUNT, "description": "Parameters without a gradient so far."},
-        }
-    ),
+    "PushOpened": _all({**_PUSH, "missing": _MISSING}),
+    "PushProgress": _all({**_PUSH, "name": STRING, "missing": _MISSING}),
     "PushStatus": _all(
         {
             **_PUSH,

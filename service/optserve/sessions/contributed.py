@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from optserve.optim.reduce import Source
 
 _PREFIX_BYTES = 8
+#: Bytes that are read of all pushes together, and at least of each.
+_MOST, _LEAST = 2**24, 2**16
 #: Kinds of tensors of which two make a gradient.
 _IN_HALVES = {"sparse", *compressed.HALVES}
 
@@ -35,7 +37,7 @@ def opened(contributions: list[Contribution], expected: Expected) -> Iterator[li
     with ExitStack() as stack:
         sources: list[Source] = []
         for contribution in contributions:
-            stream = Stream(contribution.payload, expected)
+            stream = Stream(contribution.payload, expected, max(_LEAST, _MOST // len(contributions)))
             stack.callback(stream.close)
             sources.append(stream if stream.in_order else Whole(contribution.payload, expected))
         yield sources
@@ -55,8 +57,8 @@ class Stream:
     A gradient that is compressed or sparse is decoded when its turn comes.
     """
 
-    def __init__(self, payload: Payload, expected: Expected) -> None:
-        self._chunks = iter(payload.chunks())
+    def __init__(self, payload: Payload, expected: Expected, piece_bytes: int) -> None:
+        self._chunks = iter(payload.chunks(piece_bytes))
         self._piece = memoryview(b"")
         self._expected = expected
         length = wire.header_length(self._take(_PREFIX_BYTES))

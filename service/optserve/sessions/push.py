@@ -76,14 +76,14 @@ class Push:
         """Seconds until its time is over."""
         return self._touched + self._ttl_s - self._clock()
 
-    @property
-    def missing(self) -> int:
-        """How many parameters have neither a gradient nor word that there is none."""
+    def progress(self) -> dict[str, Any]:
+        """Return what is said whenever something has arrived, as JSON."""
         silent = sum(name not in self._there for name in self._none)
-        return len(self.expected.layout.slots) - len(self._there) - silent
+        missing = len(self.expected.layout.slots) - len(self._there) - silent
+        return {"push": self.id, "expires_at": self.expires_at, "missing": missing}
 
     def told(self) -> dict[str, Any]:
-        """Return what its sender may want to know, as JSON."""
+        """Return everything that its sender may want to know, as JSON."""
         with self._lock:
             if self.state not in ("open", "committing"):
                 raise PushNotFound(f"push {self.id!r} is over")

@@ -184,7 +184,7 @@ class Session:
         )
 
     def stage(self) -> tuple[Shape, Callable[[int], PayloadWriter | Unkept]]:
-        """Return what :attr:`pushes` need: they are used like any request."""
+        """Return what :attr:`pushes` need to know, in a request to one of them."""
         self.used_at = time.monotonic()
         return self._held.known_shape(), self._writer
 
