@@ -78,7 +78,6 @@ class Gathering:
         back: Back | None,
     ) -> Waiting[Reply]:
         """Commit a push, and close the round if it was the last one."""
-        self._held.own()
         with self._held.committing():
             scalars = yield from self._committer.commit(state, change, identity, 0.0, back=back)
         if change.kind == "skip":

@@ -241,6 +241,7 @@ class Session:
                 return self._step_reply(state, step, scalars, None)
             if self._held.gathers:
                 change = rounds.push(state, step, identity)
+                self._held.own()
                 held = False
                 step.buffer.release()
                 if change.payload is not None:
