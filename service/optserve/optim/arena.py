@@ -42,12 +42,20 @@ class Arena:
     """One flat tensor and its views, in the order of a layout."""
 
     def __init__(
-        self, layout: Layout, device: str = "cpu", dtype: torch.dtype | None = None
+        self,
+        layout: Layout,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        flat: torch.Tensor | None = None,
     ) -> None:
+        """``flat``: memory of the layout's size that is there already."""
         self.layout = layout
         dtype = dtype or TORCH_DTYPES[layout.dtype]
         size = wire.itemsize(layout.dtype)
-        self.flat = torch.empty(layout.nbytes // size, dtype=dtype, device=device)
+        if flat is None:
+            flat = torch.empty(layout.nbytes // size, dtype=dtype, device=device)
+        self.flat = flat
         self.on_cpu = self.flat.device.type == "cpu"
         #: The tensors by name: views of ``flat``.
         self.views = {
@@ -108,10 +116,15 @@ class GradientBuffer:
     Leased with :meth:`GradientPool.lease`; give it back with :meth:`release`, once.
     """
 
-    def __init__(self, layout: Layout, give_back: Callable[[GradientBuffer], None]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        give_back: Callable[[GradientBuffer], None],
+        arena: Arena | None = None,
+    ) -> None:
         #: The dense tensors of the session; sparse ones travel apart.
         self.layout = layout
-        self.arena = Arena(layout)
+        self.arena = Arena(layout) if arena is None else arena
         self._raw = self.arena.bytes.data
         #: Gradients that are still to be widened: name, wire dtype, and where they lie.
         self._narrow: list[tuple[str, str, memoryview]] = []
@@ -135,6 +148,17 @@ class GradientBuffer:
         self._narrow.append((name, tag, place))
         return place
 
+    def part(self, name: str) -> GradientBuffer:
+        """Return the place of one gradient as a buffer by itself."""
+        slot, size = self.layout.by_name[name], wire.itemsize(self.layout.dtype)
+        layout = Layout.pack(self.layout.dtype, [(name, slot.shape)])
+        flat = self.arena.flat[slot.begin // size : slot.end // size]
+        return GradientBuffer(layout, nobody, Arena(layout, flat=flat))
+
+    def adopt(self, part: GradientBuffer) -> None:
+        """Take over what is still to be widened in a :meth:`part` of this buffer."""
+        self._narrow += part._narrow
+
     def widen(self) -> None:
         """Convert what came in a narrower dtype, where it lies. For a thread that computes, once
         all of it is there and nobody needs its bytes any more."""
@@ -148,6 +172,10 @@ class GradientBuffer:
         self._give_back(self)
 
 
+def nobody(buffer: GradientBuffer) -> None:
+    """Take back a buffer that is no pool's."""
+
+
 #: Gradients of one session that may be under way at a time, in bytes; two always may.
 LEASED_BYTES = 2 * 2**30
 
@@ -159,6 +187,8 @@ class GradientPool:
         self.layout = layout
         self._warm: deque[GradientBuffer] = deque(maxlen=1)  # pop and append are atomic
         self._out: WeakSet[GradientBuffer] = WeakSet()
+        #: Of these, what was leased for long.
+        self._kept: WeakSet[GradientBuffer] = WeakSet()
 
     def lease(self) -> GradientBuffer:
         """Return a buffer that nobody else has; Unavailable where too many are under way."""
@@ -167,12 +197,32 @@ class GradientPool:
         except IndexError:
             pass
         count = len(self._out)
-        if count >= 2 and (count + 1) * self.layout.nbytes > LEASED_BYTES:
+        passing = count - len(self._kept)
+        if passing >= 2 and (count + 1) * self.layout.nbytes > LEASED_BYTES:
             raise Unavailable(
                 f"{count} gradients of {self.layout.nbytes} bytes are under way, "
                 f"the limit is {LEASED_BYTES} bytes",
                 retry_after=1,
             )
-        buffer = GradientBuffer(self.layout, self._warm.append)
+        return self._made()
+
+    def keep(self) -> GradientBuffer:
+        """Return a buffer for a gradient that takes its time.
+
+        However many there are, two more can be leased; how many there may be is not known here.
+        """
+        try:
+            buffer = self._warm.pop()
+        except IndexError:
+            buffer = self._made()
+        self._kept.add(buffer)
+        return buffer
+
+    def _made(self) -> GradientBuffer:
+        buffer = GradientBuffer(self.layout, self._back)
         self._out.add(buffer)
         return buffer
+
+    def _back(self, buffer: GradientBuffer) -> None:
+        self._kept.discard(buffer)
+        self._warm.append(buffer)

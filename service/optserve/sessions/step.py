@@ -19,6 +19,8 @@ from optserve_client.errors import Invalid, MissingGradient
 if TYPE_CHECKING:
     from optserve.optim.arena import GradientBuffer
 
+#: Of a tensor, as it is written at once.
+PIECE_BYTES = 2**20
 #: Takes a gradient buffer of the session's dense tensors.
 Lease = Callable[[], "GradientBuffer"]
 #: ``Store.writer``, or nothing that keeps anything: takes the number of bytes to come.
@@ -171,7 +173,7 @@ def step_from_json(
             frame[f"sparse/{name}/values"] = coo.values
         frame |= {f"param/{name}": tensor for name, tensor in params.items()}
         complete = fields.model_copy(update={"none": sorted(none)})
-        payload = _write_frame(frame, complete, writer)
+        _, payload = write_frame(frame, complete, writer)
     except BaseException:
         buffer.release()
         raise
@@ -223,15 +225,17 @@ def _read_sparse(value: Mapping[str, Any], name: str, expected: Expected) -> Spa
     return Sparse(indices=indices, values=wire.widen(values, dtype, f"{what}.values"), shape=shape)
 
 
-def _write_frame(
+def write_frame(
     tensors: Mapping[str, wire.Tensor], fields: StepFields, writer: OpenWriter
-) -> Payload | None:
+) -> tuple[bytes, Payload | None]:
+    """Write the journal's frame of a step; return its digest, and the payload if one is kept."""
     text = json.dumps(fields.to_json(), allow_nan=False, separators=(",", ":"))
-    pieces = wire.encode(tensors, {wire.META_KEY: text})
-    journal = writer(sum(memoryview(piece).nbytes for piece in pieces))
+    pieces = [memoryview(piece) for piece in wire.encode(tensors, {wire.META_KEY: text})]
+    journal = writer(sum(piece.nbytes for piece in pieces))
     try:
         for piece in pieces:
-            journal.write(piece)
-        return journal.seal()
+            for at in range(0, piece.nbytes, PIECE_BYTES):  # hashed, and written while in the cache
+                journal.write(piece[at : at + PIECE_BYTES])
+        return journal.digest(), journal.seal()
     finally:
         journal.discard()
