@@ -276,6 +276,13 @@ class _Lent(asyncio.BufferedProtocol):
     # --- what the transport calls ----------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._sink is not None:
+            # Asked again, just before the read: the sink may have lost its place to another one.
+            try:
+                self._room = self._sink.room()
+            except Exception:
+                # It says so again when it gets the bytes; in here uvloop cannot stop reading.
+                self._room = memoryview(bytearray(WASTE_BYTES))
         assert self._room is not None
         return self._room[: min(READ_BYTES, self._length - self._received)]
 
