@@ -8,7 +8,8 @@ them back.
     ├── RequestError                    the request was refused; nothing was recorded
     │   ├── Malformed                   400 malformed
     │   ├── NotFound                    404 not_found
-    │   │   └── SessionNotFound         404 session_not_found
+    │   │   ├── SessionNotFound         404 session_not_found
+    │   │   └── PushNotFound            404 push_not_found
     │   ├── MethodNotAllowed            405 method_not_allowed
     │   ├── NotAcceptable               406 not_acceptable
     │   ├── BodyTimeout                 408 body_timeout
@@ -96,6 +97,12 @@ class SessionNotFound(NotFound):
 
     code = "session_not_found"
     status = 404
+
+
+class PushNotFound(NotFound):
+    """There is no such push: it expired, was given up, or the server has restarted."""
+
+    code = "push_not_found"
 
 
 class MethodNotAllowed(RequestError):

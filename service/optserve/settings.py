@@ -150,6 +150,13 @@ class Settings(StoreSettings):
     reply_timeout_s: float = Field(
         30, gt=0, description="Longest silence while a large reply is taken."
     )
+    push_ttl_s: float = Field(
+        60,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after its last byte at which a step that came in part, and was not "
+        "committed, is thrown away.",
+    )
     keep_alive_s: int = Field(
         75, ge=1, description="How long an idle connection is kept for the next request."
     )

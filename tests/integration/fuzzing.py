@@ -179,6 +179,14 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
         add("GET", f"{url}/scheduler")
         add("GET", f"{url}/scheduler/preview", query="steps=4")
         add("POST", f"{url}/scheduler/step", {"worker": "a", "seq": 1})
+        add("POST", f"{url}/pushes", rest)
+        add("POST", f"{url}/pushes/{PUSH}/commit", {**rest, "return": "delta"})
+        for parameter, grad in grads.items():
+            add("PUT", f"{url}/pushes/{PUSH}/{parameter}", {"grad": grad})
+            own = {key: t for key, t in tensors.items() if key.split("/")[1] == parameter}
+            add("PUT", f"{url}/pushes/{PUSH}/{parameter}", frame(own))
+        add("GET", f"{url}/pushes/{PUSH}")
+        add("DELETE", f"{url}/pushes/{PUSH}")
     plain, rich = f"/v1/sessions/{prefix}plain", f"/v1/sessions/{prefix}rich"
     step = SESSIONS["plain"][1]
     add("POST", f"{plain}/step", {**step, "worker": "me", "epoch": 1, "seq": 1, "return": "delta"})
@@ -208,6 +216,8 @@ def seeds(prefix: str, states: Mapping[str, bytes]) -> list[Sent]:
     return made
 
 
+#: In a path, the id of a push of that session that has all of its gradients.
+PUSH = "p-filled"
 KEY = {"Idempotency_Key": "k-1"}
 PARAMS_AND_GRADS = {"params": PARAMS, "grads": GRADS}
 SCHEDULERS: list[Any] = [
@@ -303,7 +313,18 @@ KEYS = [
     *("", "a", "w", "b", "e", "new", "lr", "name", "params", "grads", "groups", "none", "loss"),
     *("worker", "epoch", "seq", "version", "id", "optimizer", "scheduler", "$tensor", "$x"),
     *("betas", "momentum", "initial_lr", "advance", "monitor", "metrics", "abandon", "dtype"),
-    *("params ", "__metadata__", "\0", "\ud800", "x" * 300, "shape", "data", "sparse", "ema"),
+    *(
+        "grad",
+        "params ",
+        "__metadata__",
+        "\0",
+        "\ud800",
+        "x" * 300,
+        "shape",
+        "data",
+        "sparse",
+        "ema",
+    ),
     *("best", "window", "foreach", "ledger", "extra", "line_search"),
 ]
 
@@ -379,6 +400,7 @@ QUERY_VALUES = [
 SEGMENTS = [
     *("", ".", "..", "%2e%2e", "%2f", "%00", "%ff", "a%20b", "\xe9", "0", "-1", "9" * 30, "*"),
     *("x" * 200, "step", "params", "state", "v1", "sessions", "groups", "scheduler", "fork"),
+    *("pushes", PUSH, "commit"),
 ]
 METHODS = ["GET", "PUT", "POST", "PATCH", "HEAD", "OPTIONS", "TRACE", "BREW"]
 

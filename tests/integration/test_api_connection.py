@@ -29,6 +29,7 @@ from optserve.store.memory import MemoryStore
 from optserve_client.wire import SAFETENSORS
 from tests.integration.api_client import frame, unframe
 from tests.integration.api_uvicorn import Wire, served
+from tests.waiting import wait_until
 
 N = 600_000
 STEP = "/v1/sessions/s/step"
@@ -265,6 +266,124 @@ def test_json_of_any_size_is_read(twin: Twin) -> None:
             np.testing.assert_array_equal(
                 np.array(document["params"]["w"], "<f4"), params_after(version)
             )
+
+
+# --- one gradient of a push ----------------------------------------------------------------------
+
+OTHER = frame({"grad/w": np.ones(N, "<f4")})
+
+
+def open_push(twin: Twin) -> str:
+    with twin.connect() as wire:
+        status, headers, _ = wire.request("POST /v1/sessions/s/pushes HTTP/1.1\nContent-Length: 0")
+        assert status == 201
+        return headers["location"]
+
+
+def put_head(url: str, body: bytes = BODY) -> bytes:
+    return accepting_json(head(body, target=f"PUT {url}/w"))
+
+
+def accepting_json(lines: bytes) -> bytes:
+    return lines.replace(b"Accept: " + SAFETENSORS.encode(), b"Accept: application/json")
+
+
+def told(twin: Twin, url: str, what: str) -> list[str]:
+    with twin.connect() as wire:
+        status, _, body = wire.request(f"GET {url} HTTP/1.1")
+        assert status == 200
+        names: list[str] = orjson.loads(body)[what]
+        return names
+
+
+def begin(wire: Wire, twin: Twin, url: str, late: int = 5000) -> None:
+    """Send a body but for its last bytes, and return when the server reads it."""
+    wire.send(put_head(url, OTHER) + OTHER[:-late])
+    wait_until(lambda: told(twin, url, "arriving") == ["w"], "a body that arrives")
+
+
+def commit(twin: Twin, url: str) -> tuple[int, dict[str, str], bytes]:
+    with twin.connect() as wire:
+        wire.send(head(b"", target=f"POST {url}/commit"))
+        return wire.answer()
+
+
+@pytest.mark.parametrize("early", [0, 1, 9, 300, 70_000, len(BODY) - 1])
+def test_a_gradient_arrives_however_it_is_cut(twin: Twin, early: int) -> None:
+    url = open_push(twin)
+    with twin.connect() as wire:
+        wire.send(put_head(url) + BODY[:early])
+        time.sleep(0.05)
+        wire.send(BODY[early:])
+        assert wire.answer()[0] == 200
+        wire.send(put_head(url) + BODY)
+        assert wire.answer()[0] == 200
+    assert_stepped(commit(twin, url), 1)
+
+
+def test_a_gradient_that_breaks_off_is_not_there(twin: Twin) -> None:
+    url = open_push(twin)
+    with twin.connect() as wire:
+        wire.send(put_head(url) + BODY)
+        assert wire.answer()[0] == 200
+    assert told(twin, url, "missing") == []
+    with twin.connect() as wire:
+        begin(wire, twin, url)
+    wait_until(lambda: told(twin, url, "arriving") == [], "the end of a connection")
+    assert told(twin, url, "missing") == ["w"]
+    assert commit(twin, url)[0] == 422
+    with twin.connect() as wire:
+        wire.send(put_head(url) + BODY)
+        assert wire.answer()[0] == 200
+    assert_stepped(commit(twin, url), 1)
+
+
+def test_a_gradient_that_falls_silent_is_refused_and_not_there(twin: Twin) -> None:
+    url = open_push(twin)
+    with twin.connect() as wire:
+        wire.send(put_head(url) + BODY[:-5000])
+        assert wire.answer()[0] == 408
+    assert told(twin, url, "missing") == ["w"]
+
+
+def test_a_commit_says_what_is_still_arriving(twin: Twin) -> None:
+    url = open_push(twin)
+    with twin.connect() as wire:
+        begin(wire, twin, url)
+        status, _, body = commit(twin, url)
+        assert (status, orjson.loads(body)["code"]) == (409, "conflict")
+        assert orjson.loads(body)["detail"] == "the body of 'w' is still arriving"
+        wire.send(OTHER[-5000:])
+        assert wire.answer()[0] == 200
+    assert unframe(commit(twin, url)[2])[1]["version"] == 1
+
+
+@pytest.mark.parametrize("late", [5000, 1_000_000])
+def test_a_body_that_hangs_does_not_touch_the_one_that_replaced_it(twin: Twin, late: int) -> None:
+    url = open_push(twin)
+    with twin.connect() as hung, twin.connect() as wire:
+        begin(hung, twin, url, late)
+        wire.send(put_head(url) + BODY)
+        assert wire.answer()[0] == 200
+        assert told(twin, url, "arriving") == []
+        hung.send(OTHER[-late:])
+        status, _, body = hung.answer()
+        assert (status, orjson.loads(body)["code"]) == (503, "unavailable")
+        assert "another body of 'w' came meanwhile" in orjson.loads(body)["detail"]
+    assert_stepped(commit(twin, url), 1)
+
+
+def test_what_arrives_of_a_push_that_is_given_up_goes_nowhere(twin: Twin) -> None:
+    url = open_push(twin)
+    with twin.connect() as hung, twin.connect() as wire:
+        begin(hung, twin, url)
+        assert wire.request(f"DELETE {url} HTTP/1.1")[0] == 200
+        # The next step must not find it in its buffer.
+        wire.send(head(BODY) + BODY[:-5000])
+        hung.send(OTHER[-5000:])
+        assert hung.answer()[0] == 404
+        wire.send(BODY[-5000:])
+        assert_stepped(wire.answer(), 1)
 
 
 # --- replies -------------------------------------------------------------------------------------

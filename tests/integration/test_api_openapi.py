@@ -24,7 +24,7 @@ from optserve.api.app import create_app
 from optserve.settings import Settings
 from optserve_client.errors import RequestError, ServerError, tree
 from optserve_client.wire import SAFETENSORS
-from tests.integration.api_client import CREATE, GRADS, Api, asking, frame, prefixed
+from tests.integration.api_client import CREATE, GRADS, Api, asking, f32, frame, prefixed
 
 #: Sessions that examples are sent to: an ordinary one, LBFGS with an open line search, an averaging
 #: one with a scheduler.
@@ -127,6 +127,7 @@ def test_every_code_that_the_server_can_send_is_in_the_schema(document: dict[str
         "POST /v1/step",
         "POST /step",
         "PUT /v1/sessions/{session_id}/params",
+        "PUT /v1/sessions/{session_id}/pushes/{push_id}/{name}",
         "POST /v1/sessions/{session_id}/groups",
         "PUT /v1/sessions/{session_id}/state",
     ],
@@ -142,7 +143,8 @@ def test_every_change_of_a_session_takes_an_idempotency_key(
     document: dict[str, Any], method: str
 ) -> None:
     for label, operation in operations(document):
-        if label.startswith(method) and "preview" not in label:
+        changes = "preview" not in label and not re.fullmatch(r".*/\{push_id\}(/\{name\})?", label)
+        if label.startswith(method) and changes:
             names = {p["name"].lower() for p in operation["parameters"] if p["in"] == "header"}
             assert "idempotency-key" in names, label
 
@@ -172,6 +174,8 @@ BODIES: list[Any] = [
     {"grads": GRADS, "loss": 0.25, "return_encoding": "base64", "return_dtype": "float16"},
     {"params": CREATE["params"], "abandon": True},
     {"params": {"new": [1.0]}},
+    {"grad": GRADS["w"]},
+    {"loss": 0.5, "return": "none"},
     {"lr": 0.01, "abandon": True},
     {"name": "a name"},
     {"version": 0, "metrics": {"acc": 0.5}},
@@ -182,6 +186,7 @@ BODIES: list[Any] = [
     {**CREATE, "id": "one-call", "grads": GRADS},
     {"optimizer": "AdamW", "scheduler": {"name": "StepLR", "step_size": 3}, "steps": 4},
     frame(prefixed("grad", GRADS), {"loss": 0.25}),
+    frame({"grad/w": f32(GRADS["w"])}),
     frame(prefixed("grad", GRADS) | prefixed("param", CREATE["params"]), {"loss": 0.25}),
     frame(prefixed("param", CREATE["params"]), {"abandon": True}),
     frame(prefixed("param", CREATE["params"]), {"optimizer": "SGD"}),
@@ -202,26 +207,49 @@ CHECKS = [
 ]
 
 
+def opened(api: Api, session: str) -> str:
+    """Return the id of a push that can be committed."""
+    reply = api.post(f"/v1/sessions/{session}/pushes")
+    assert reply.status_code == 201, reply.text
+    for name, grad in GRADS.items():
+        url = f"{reply.headers['location']}/{name}"
+        assert api.put(url, json={"grad": grad}).status_code == 200
+    push_id: str = reply.json()["push"]
+    return push_id
+
+
+def names_of(path: str) -> tuple[str, ...]:
+    """Return what may stand for ``{name}``."""
+    if "{name}" not in path:
+        return ("",)
+    return ("w",) if "/pushes/" in path else ("adamw", "step_lr")
+
+
 def likely_requests(
-    operation: Any, sessions: list[str], bodies: list[Any]
+    api: Api, operation: Any, sessions: list[str], bodies: list[Any]
 ) -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
     """Yield path parameters, URL and body: each session or name with each body or query."""
     queries = next((q for end, q in QUERIES.items() if operation.path.endswith(end)), [])
     for session in sessions if "{session_id}" in operation.path else [""]:
-        for name in ("adamw", "step_lr") if "{name}" in operation.path else [""]:
+        for name in names_of(operation.path):
             names = {"session_id": session, "name": name, "index": 0, "version": 1}
-            url = operation.path.format(**names)
             for body in bodies if operation.body else [None]:
+                if "{push_id}" in operation.path:
+                    names["push_id"] = opened(api, session)
+                url = operation.path.format(**names)
                 kind = SAFETENSORS if isinstance(body, bytes) else "application/json"
                 content = body if isinstance(body, bytes) else orjson.dumps(body)
                 sent = {"content": content, "headers": {"content-type": kind}}
                 yield names, url, sent if body is not None else {"headers": {}}
+                if "push_id" in names:
+                    api.delete(f"/v1/sessions/{session}/pushes/{names['push_id']}")
             yield from ((names, f"{url}?{query}", {"headers": {}}) for query in queries)
 
 
 def is_delete(operation: Any) -> int:
     """Return 0 for what deletes nothing; the session itself comes last."""
-    return 0 if operation.method.upper() != "DELETE" else 1 + operation.path.endswith("_id}")
+    session = operation.path.endswith("{session_id}")
+    return 0 if operation.method.upper() != "DELETE" else 1 + session
 
 
 def all_operations(document: dict[str, Any]) -> list[Any]:
@@ -235,7 +263,7 @@ def test_answers_to_likely_requests_conform_to_the_document(
     succeeded = set()
     bodies = [*BODIES, api.get("/v1/sessions/plain/state").content]
     for operation in all_operations(document):
-        for i, (names, url, sent) in enumerate(likely_requests(operation, sessions, bodies)):
+        for i, (names, url, sent) in enumerate(likely_requests(api, operation, sessions, bodies)):
             if i % 2 and "state" not in url:
                 sent["headers"]["accept"] = f"{SAFETENSORS}, application/json;q=0.5"
             reply = api.request(operation.method.upper(), url, **sent)
@@ -260,6 +288,9 @@ def check_operation(api: Api, operation: Any, sessions: list[str], examples: int
     def run(case: Any, session: str | None) -> None:
         if session is not None and "session_id" in case.path_parameters:
             case.path_parameters["session_id"] = session
+            # A made-up ttl_s may have ended the session.
+            if "push_id" in case.path_parameters and api.get(f"/v1/sessions/{session}").is_success:
+                case.path_parameters["push_id"] = opened(api, session)
         sent = case.as_transport_kwargs(base_url="http://test")
         headers = {k: v for k, v in sent["headers"].items() if k.lower() != "content-length"}
         reply = api.request(
@@ -271,6 +302,8 @@ def check_operation(api: Api, operation: Any, sessions: list[str], examples: int
             json=sent.get("json"),
         )
         case.validate_response(reply, checks=CHECKS)
+        if session is not None and "push_id" in case.path_parameters:
+            api.delete(f"/v1/sessions/{session}/pushes/{case.path_parameters['push_id']}")
 
     run()
 

@@ -14,7 +14,7 @@ import pytest
 
 from optserve_client.errors import RequestError, tree
 from tests.integration import bad_input
-from tests.integration.bad_input import CREATES, FENCED, Row, Tampered, body, f4, frame
+from tests.integration.bad_input import CREATES, FENCED, GRADS, Row, Tampered, body, f4, frame
 from tests.integration.bad_input_rows import ROWS
 from tests.serving import ServerProcess
 
@@ -39,7 +39,17 @@ class Target:
 
     def send(self, row: Row) -> httpx.Response:
         sent = row.sent.sent(self.http) if isinstance(row.sent, Tampered) else row.sent
-        return self.http.request(row.method, row.url, **sent)
+        session, _, rest = row.url.partition("/pushes/")
+        if not rest.startswith("<"):
+            return self.http.request(row.method, row.url, **sent)
+        opened = self.http.post(f"{session}/pushes", json={"loss": 0.5})
+        push = opened.headers["location"]
+        for name, grad in GRADS.items() if rest.startswith("<filled>") else ():
+            assert self.http.put(f"{push}/{name}", json={"grad": grad}).status_code == 200
+        try:
+            return self.http.request(row.method, push + rest.partition(">")[2], **sent)
+        finally:
+            self.http.delete(push)
 
     def sentence(self, row: Row) -> str:
         """Return the row's sentence with what only this run can know."""
@@ -125,6 +135,10 @@ LARGE = [
     ("POST", "/step", frame({"grad/w": LARGE_FRAME["w"]}, {"id": "bad-adamw"})),
     ("PUT", f"{bad_input.A}/params", frame({"param/w": LARGE_FRAME["w"]})),
     ("PUT", f"{bad_input.A}/state", frame({"param/w": LARGE_FRAME["w"]})),
+    ("POST", f"{bad_input.A}/pushes", body({"metrics": LARGE_JSON})),
+    ("PUT", f"{bad_input.A}/pushes/<push>/w", body({"grad": LARGE_JSON["w"]})),
+    ("PUT", f"{bad_input.A}/pushes/<push>/w", frame({"grad/w": LARGE_FRAME["w"]})),
+    ("POST", f"{bad_input.A}/pushes/<push>/commit", body({"metrics": LARGE_JSON})),
 ]
 
 
@@ -138,6 +152,8 @@ def test_a_body_that_is_too_large_is_refused_with_the_limit_and_changes_nothing(
     before = small_server.get(f"{bad_input.A}/state").content
     sessions = small_server.get(bad_input.V).json()
     given = iter([content[:500], content[500:]]) if chunked else content
+    if "<push>" in url:
+        url = url.replace("<push>", small_server.post(f"{bad_input.A}/pushes").json()["push"])
     reply = small_server.request(method, url, content=given, headers=sent["headers"])
     document = reply.json()
     assert (reply.status_code, document["code"], document["limit"]) == (413, "too_large", limit)

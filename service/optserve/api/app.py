@@ -20,6 +20,7 @@ from optserve.api import (
     openapi,
     params,
     probes,
+    pushes,
     scheduler,
     sessions,
     state,
@@ -35,6 +36,7 @@ from optserve.settings import Settings
 # The router tries routes from the top: the hot one first.
 MODULES = (
     step,
+    pushes,
     params,
     probes,
     sessions,
@@ -52,8 +54,8 @@ class App(FastAPI):
     """FastAPI, except that what is hot is found and called without its layers."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            for path, app in self.state.hot:
+        if scope["type"] == "http" and (hot := self.state.hot.get(scope["method"])):
+            for path, app in hot:
                 if found := path.match(scope["path"]):
                     scope["app"], scope["path_params"] = self, found.groupdict()
                     await app(scope, receive, send)
@@ -83,11 +85,14 @@ def create_app(registry: Registry, settings: Settings) -> FastAPI:
     for module in MODULES:
         # Not include_router, which would put a second lookup before each request.
         app.router.routes.extend(module.routes.routes)
-    app.state.hot = [
-        (route.path_regex, Edge(_answering(route.get_route_handler()), drain))
-        for route in step.routes.routes
-        if isinstance(route, Direct)
-    ]
+    app.state.hot = {
+        method: [
+            (route.path_regex, Edge(_answering(route.get_route_handler()), drain))
+            for route in (*step.routes.routes, *pushes.routes.routes)
+            if isinstance(route, Direct) and method in (route.methods or ())
+        ]
+        for method in ("POST", "PUT")
+    }
     openapi.install(app)
     return app
 

@@ -50,6 +50,14 @@ def loads_tensors(text: BytesLike, *fields: str) -> dict[str, Any]:
     return loads_object(text) if body is None else body
 
 
+def loads_tensor(text: BytesLike, field: str) -> dict[str, Any]:
+    """The same, where ``field`` is not an object of tensors but one."""
+    view = memoryview(text)
+    lists = _long_lists(view) if len(view) >= LONG_BYTES else []
+    body = _in_pieces(view, lists, (field,), within=False) if lists else None
+    return loads_object(text) if body is None else body
+
+
 def _long_lists(text: memoryview) -> list[Place]:
     """Return where there may be long lists: from a bracket to a bracket without a quote between.
 
@@ -74,9 +82,12 @@ def _between(text: memoryview, begin: int, end: int) -> list[Place]:
 
 
 def _in_pieces(
-    text: memoryview, lists: list[Place], fields: Sequence[str]
+    text: memoryview, lists: list[Place], fields: Sequence[str], *, within: bool = True
 ) -> dict[str, Any] | None:
-    """Return the body with ``lists`` read apart from the rest; None if that cannot be done."""
+    """Return the body with ``lists`` read apart from the rest; None if that cannot be done.
+
+    ``within``: they are members of ``fields``, else they are the fields themselves.
+    """
     marks = {f"{_MARK}{number}": place for number, place in enumerate(lists)}
     kept: list[bytes | memoryview] = []
     at = 0
@@ -85,7 +96,9 @@ def _in_pieces(
         at = end
     try:
         body = loads(b"".join((*kept, text[at:])))
-        found = _found(body, fields, marks)
+        found = _found(body, fields, marks) if within else _found({"": body}, ("",), marks)
+        if not within and any(name not in fields for _, name in found):
+            return None
         # One that is a key, in a string, in a list or in another object was not found.
         if len(found) != len(lists):
             return None

@@ -28,6 +28,7 @@ with a stable `code`.
 TAGS = [
     {"name": "sessions", "description": "Create, list, read, change, copy, delete."},
     {"name": "step", "description": "Gradients in, parameters out."},
+    {"name": "pushes", "description": "A step that comes tensor by tensor."},
     {"name": "params", "description": "Pull and overwrite."},
     {"name": "groups", "description": "Hyperparameters of torch's param_groups."},
     {"name": "scheduler", "description": "Learning-rate schedules."},

@@ -127,6 +127,15 @@ _PULL: Members = {
     "weights": {"enum": ["live", "eval", "ema", "best"]},
     "params": ref("Params"),
 }
+_PUSH: Members = {
+    "id": STRING,
+    "push": STRING,
+    "expires_at": {
+        "type": "number",
+        "description": "Unix seconds, unless more of it comes or it is committed.",
+    },
+}
+_MISSING: Schema = {**COUNT, "description": "Parameters without a gradient so far."}
 _VERSION: Members = {
     "optserve": STRING,
     "torch": STRING,
@@ -165,6 +174,19 @@ REPLIES: dict[str, Schema] = {
     "Session": _all(_STATUS),
     "SessionPage": _all({"sessions": a_list(_all(_SUMMARY)), "next_cursor": nullable(STRING)}),
     "ParamsReply": _all(_PULL),
+    "PushOpened": _all({**_PUSH, "missing": _MISSING}),
+    "PushProgress": _all({**_PUSH, "name": STRING, "missing": _MISSING}),
+    "PushStatus": _all(
+        {
+            **_PUSH,
+            "fields": {"type": "object", "description": "Those that opened it."},
+            "arrived": a_list(STRING),
+            "arriving": a_list(STRING),
+            "none": {**a_list(STRING), "description": "Parameters whose gradient is None."},
+            "missing": a_list(STRING),
+        }
+    ),
+    "PushDeleted": _all({"id": STRING, "push": STRING, "deleted": BOOLEAN}),
     "Scheduler": _all({"spec": ref("SchedulerSpec"), **_SCHEDULER_LINE}),
     "Preview": an_object(
         {"steps": a_list(a_list(HYPER))},

@@ -156,6 +156,8 @@ EXAMPLES: dict[str, Any] = {
     "OneCallBody": {"id": "first", **_FIRST_CREATE, **_FIRST_STEP},
     "PatchBody": {"clip_grad_norm": 1.0},
     "PutParamsBody": {"params": {"w": [1.0, -2.0]}},
+    "PushBody": {"loss": 0.7},
+    "GradientBody": {"grad": [0.5, -1.0]},
     "GroupBody": {"lr": 0.01},
     "AddGroupBody": {"params": {"v": [0.5]}, "lr": 0.01},
     "MetricsBody": {"version": 0, "metrics": {"accuracy": 0.9}},
@@ -194,9 +196,12 @@ def requests() -> dict[str, Schema]:
     one_call = an_object(
         {**create["properties"], **step["properties"], "groups": groups, "id": STRING}, ["id"]
     )
+    gradient = {"anyOf": [ref("Tensor"), ref("SparseTensor"), {"type": "null"}]}
     return {
         "CreateBody": create,
         "StepBody": step,
+        "PushBody": of_model(StepFields, _SENDER),
+        "GradientBody": {**an_object({"grad": gradient}, ["grad"]), "additionalProperties": False},
         "OneCallBody": one_call,
         "PatchBody": of_model(PatchFields, {**accumulate, **_SENDER}),
         "ForkBody": of_model(ForkFields, _SENDER),

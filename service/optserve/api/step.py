@@ -39,7 +39,7 @@ from optserve_client.wire import BytesLike
 
 routes = router("step", Direct)
 
-_ERRORS = [
+ERRORS = [
     SessionNotFound,
     Conflict,
     Fenced,
@@ -64,7 +64,7 @@ _ERRORS = [
         reply="StepReply",
         binary_reply=True,
         parameters=[KEY_PARAMETER],
-        errors=_ERRORS,
+        errors=ERRORS,
     ),
 )
 async def post_step(session_id: SessionId, request: Request) -> Response:
@@ -83,7 +83,7 @@ _ANY_STEP = operation(
     binary_reply=True,
     also={201: "StepReply"},
     parameters=[KEY_PARAMETER],
-    errors=[*_ERRORS, SessionExists],
+    errors=[*ERRORS, SessionExists],
 )
 
 

@@ -1,4 +1,5 @@
-"""What happens to sessions that nobody asks for: those with a time to live are deleted."""
+"""What happens to what nobody asks for: sessions with a time to live are deleted, and so are steps
+that came in part and were not committed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ BUSY_S = 5.0
 
 
 class Expiry:
-    """A thread that deletes sessions which were not used for their ``ttl_s``.
+    """A thread that deletes sessions which were not used for their ``ttl_s``, and pushes.
 
     Time counts from the last request, and anew when the server starts.
     """
@@ -58,6 +59,7 @@ class Expiry:
         for session in self._sessions():
             if self._closed.is_set():
                 break
+            session.pushes.expire()
             left_s = self._left_s(session)
             if left_s is not None and left_s <= 0:
                 self._expire(session)

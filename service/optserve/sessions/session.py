@@ -18,12 +18,13 @@ import structlog
 
 from optserve.optim.layout import Layout
 from optserve.sessions import describe, operations, stepping
-from optserve.sessions.holding import Holding, Home
+from optserve.sessions.holding import Holding, Home, Shape
 from optserve.sessions.intake import Step, StepIntake, step_from_json
 from optserve.sessions.journaling import KEPT_BYTES, Unkept
 from optserve.sessions.ledger import Duplicate, Identity
 from optserve.sessions.operation import Reaching
 from optserve.sessions.published import Published
+from optserve.sessions.pushes import Pushes
 from optserve.sessions.recovery import event_of
 from optserve.sessions.replay import write_frame
 from optserve.sessions.reply import Reply, counters, step_reply
@@ -63,6 +64,7 @@ class Session:
         self.shared = False
         #: When somebody last asked for something, on the monotonic clock.
         self.used_at = time.monotonic()
+        self.pushes = Pushes()  # steps that come tensor by tensor
         self._store = home.store
         self._executor = home.executor
         self._scribes = home.scribes
@@ -174,6 +176,11 @@ class Session:
             digest=digest,
         )
 
+    def stage(self) -> tuple[Shape, Callable[[int], PayloadWriter | Unkept]]:
+        """Return what :attr:`pushes` need to know, in a request to one of them."""
+        self.used_at = time.monotonic()
+        return self._held.known_shape(), self._writer
+
     def _writer(self, size: int) -> PayloadWriter | Unkept:
         durability = self.row.about["durability"]
         if durability == "memory" and size > KEPT_BYTES:
@@ -269,7 +276,6 @@ class Session:
         abandon: bool = False,
     ) -> Future[Reply]:
         """Apply any change but a step: see :mod:`optserve.sessions.operations`."""
-
         self.used_at = time.monotonic()
         return self._turn.run(lambda: self._change(operation, identity, if_match, abandon))
 
