@@ -11,8 +11,10 @@ import numpy as np
 
 from optserve_client import errors, wire
 from optserve_client._arguments import array, condition, given, integer, mapping, param_tensors
+from optserve_client._exchange import Retry
 from optserve_client._messages import Answer, Draft, to_json
 from optserve_client._protocol import Call
+from optserve_client._pushes import Commit, Staged
 from optserve_client._values import Json, Page, Params, Sparse, StepResult
 
 T = TypeVar("T")
@@ -141,11 +143,8 @@ def step(
     for name, grad in mapping(grads, "grads").items():
         if grad is None:
             without.append(name)
-        elif isinstance(grad, Sparse):
-            tensors[f"sparse/{name}/indices"] = np.asarray(grad.indices, np.int64)
-            tensors[f"sparse/{name}/values"] = array(grad.values, f"grads[{name!r}].values", dtype)
         else:
-            tensors[f"grad/{name}"] = array(grad, f"grads[{name!r}]", dtype)
+            tensors |= gradient(name, grad, dtype)
     draft = Draft(
         method="POST",
         path=session_path(session_id, "step"),
@@ -160,6 +159,44 @@ def step(
         read=lambda answer: _step_result(answer, fields.get("return", "params")),
         changes=None if dry else session_id,
     )
+
+
+def gradient(name: str, grad: Any, dtype: str | None) -> dict[str, wire.Tensor]:
+    """Return one gradient by its names in a frame."""
+    what = f"grads[{name!r}]"
+    if isinstance(grad, Sparse):
+        return {
+            f"sparse/{name}/indices": np.asarray(grad.indices, np.int64),
+            f"sparse/{name}/values": array(grad.values, f"{what}.values", dtype),
+        }
+    return {f"grad/{name}": array(grad, what, dtype)}
+
+
+def open_push(staged: Staged) -> Call[str]:
+    def read(answer: Answer) -> str:
+        push_id: str = answer.scalars["push"]
+        return push_id
+
+    return Call(draft=staged.opening(), read=read)
+
+
+def put_gradient(staged: Staged, name: str, push_id: str) -> Call[None]:
+    return Call(draft=staged.putting(name, push_id), read=_nothing)
+
+
+def commit_push(session_id: str, staged: Staged, fields: Json) -> Call[StepResult]:
+    all_fields = staged.fields | fields
+    return Call(
+        draft=Commit(staged, fields),
+        read=lambda answer: _step_result(answer, all_fields.get("return", "params")),
+        changes=None if all_fields.get("dry_run", False) else session_id,
+    )
+
+
+def give_up_push(staged: Staged) -> Call[None]:
+    """Return a call that is sent once: a push that stays expires by itself."""
+    draft = Draft(method="DELETE", path=f"{staged.path}/{staged.id}")
+    return Call(draft=draft, read=_nothing, retry=Retry(retries=0))
 
 
 def params(

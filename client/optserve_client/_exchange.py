@@ -141,7 +141,7 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
         failure = verdict.failure
         if not verdict.done:
             trail.maybe_done = before
-            failure = _doubted(failure) if before else failure
+            failure = doubted(failure) if before else failure
         now = retry.clock()
         begun, stuck = now if begun is None else begun, stuck + verdict.stuck
         pause_s = retry.pause_s(attempt, verdict.after_s)
@@ -155,7 +155,7 @@ def exchange(request: Request, retry: Retry, trail: Trail) -> Steps[Answer]:
     raise AssertionError("count() ended")
 
 
-def _doubted(failure: errors.OptserveError) -> errors.OptserveError:
+def doubted(failure: errors.OptserveError) -> errors.OptserveError:
     kind = type(failure) if isinstance(failure, errors.ServerError) else errors.TransportError
     doubted = kind(f"{failure.detail}; an earlier attempt may have worked", **failure.extra)
     doubted.__cause__ = failure.__cause__

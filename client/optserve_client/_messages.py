@@ -66,7 +66,9 @@ class Request:
         pieces = tuple(bytes(piece) for piece in self.pieces)
         return Request(method=self.method, target=self.target, headers=self.headers, pieces=pieces)
 
-    def same_as(self, other: Request) -> bool:
+    def same_as(self, other: object) -> bool:
+        if not isinstance(other, Request):
+            return False
         return (self.method, self.target, *self.pieces) == (
             other.method,
             other.target,

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 from optserve_client import errors, wire
 from optserve_client._exchange import Retry, Steps, Trail, exchange
 from optserve_client._messages import Answer, Draft, Request
+from optserve_client._pushes import Commit, Pushed
 
 T = TypeVar("T")
 #: threading.Lock or asyncio.Lock.
@@ -36,7 +37,7 @@ class Lane:
     seq: int = 1
     generation: str | None = None
     #: A request with this seq that the server may have done; its own copy of the bytes.
-    unsettled: Request | None = None
+    unsettled: Request | Pushed | None = None
     #: The last seq that the server knows, if it refused one and said so.
     last_seq: int | None = None
     #: What the program has to know before it changes the session again; :meth:`resume` clears it.
@@ -44,7 +45,7 @@ class Lane:
     #: Whether a deletion may have been carried out without our having seen it.
     deleting: bool = False
 
-    def stamped(self, draft: Draft) -> Request:
+    def stamped(self, draft: Draft | Commit) -> Request | Pushed:
         stamp = {"worker": self.worker, "epoch": self.epoch, "seq": self.seq}
         if draft.guarded and self.generation is not None:
             return draft.request({**stamp, "generation": self.generation})
@@ -88,7 +89,7 @@ class Lane:
         self.unsettled = self.last_seq = self.blocked = None
 
 
-def change(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
+def change(lane: Lane, draft: Draft | Commit, retry: Retry) -> Steps[Answer]:
     """Send a change with the lane's next seq; settle what an earlier failure left open first.
 
     If the last change ended without an answer, its seq may be used up. The same change again is
@@ -105,18 +106,24 @@ def change(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
     return (yield from _settle(lane, request, retry))
 
 
-def _settle(lane: Lane, request: Request, retry: Retry) -> Steps[Answer]:
+def _settle(lane: Lane, request: Request | Pushed, retry: Retry) -> Steps[Answer]:
     trail = Trail(lane.unsettled is not None)
     answer = None
     try:
-        answer = yield from exchange(request, retry, trail)
+        answer = yield from _sent(request, retry, trail)
     finally:  # also when the caller was interrupted or cancelled
         lane.unsettled = request.kept() if answer is None and trail.maybe_done else None
     lane.settled(answer)
     return answer
 
 
-def remove(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
+def _sent(request: Request | Pushed, retry: Retry, trail: Trail) -> Steps[Answer]:
+    if isinstance(request, Pushed):
+        return request.sent(retry, trail)
+    return exchange(request, retry, trail)
+
+
+def remove(lane: Lane, draft: Draft | Commit, retry: Retry) -> Steps[Answer]:
     """Send the deletion of the session, which makes whatever else is open of no account.
 
     It is numbered as any change, unless another one is open: that could be one that cannot be
@@ -127,7 +134,7 @@ def remove(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
         return (yield from change(lane, draft, retry))
     trail = Trail(lane.deleting)
     try:
-        return (yield from exchange(draft.request(), retry, trail))
+        return (yield from _sent(draft.request(), retry, trail))
     finally:
         lane.deleting = trail.maybe_done
 
@@ -136,19 +143,22 @@ def remove(lane: Lane, draft: Draft, retry: Retry) -> Steps[Answer]:
 class Call(Generic[T]):
     """One operation of the API: what to send, and how to read what comes back."""
 
-    draft: Draft
+    draft: Draft | Commit
     read: Callable[[Answer], T]
     #: The session that it changes; None if it changes none.
     changes: str | None = None
     #: Whether it deletes that session. Not to find it is success then, if an earlier copy of the
     #: request may have been carried out.
     deletes: bool = False
+    #: When it is sent again, if not as everything else.
+    retry: Retry | None = None
 
 
 def perform(call: Call[T], retry: Retry, lane: Lane | None) -> Steps[T]:
     """Run ``call`` to its end: return what it returns or raise what the server refused it with."""
+    retry = call.retry or retry
     if lane is None:
-        answer = yield from exchange(call.draft.request(), retry, Trail())
+        answer = yield from _sent(call.draft.request(), retry, Trail())
     else:
         answer = yield from (remove if call.deletes else change)(lane, call.draft, retry)
     if answer.ok or (call.deletes and answer.doubtful and answer.status == 404):

@@ -12,6 +12,7 @@ from optserve_client._exchange import Retry, Sleep
 from optserve_client._protocol import Call, Lane, Lanes, perform
 from optserve_client._values import Json, Page, Params, StepResult
 from optserve_client.client import Client
+from optserve_client.push import AsyncPush
 from optserve_client.session import Session
 
 if TYPE_CHECKING:
@@ -238,6 +239,32 @@ class AsyncSession:
         return await self._client._run(
             _calls.step(self.id, grads, params, none or (), fields, self._dtype)
         )
+
+    def push(
+        self,
+        *,
+        none: Iterable[str] | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        loss_scale: float | None = None,
+        base_version: int | None = None,
+        dry_run: bool = False,
+        returns: Literal["params", "delta", "none"] = "params",
+        return_dtype: str | None = None,
+        abandon: bool = False,
+    ) -> AsyncPush:
+        fields = _arguments.step_fields(
+            returns,
+            {"dry_run": dry_run, "abandon": abandon},
+            groups=groups,
+            loss=loss,
+            metrics=metrics,
+            loss_scale=loss_scale,
+            base_version=base_version,
+            return_dtype=return_dtype,
+        )
+        return AsyncPush(self._client, self.id, fields, none, self._dtype)
 
     async def params(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from optserve_client import _arguments, _calls, wire
 from optserve_client._values import Json, Params, StepResult
+from optserve_client.push import Push
 
 if TYPE_CHECKING:
     from optserve_client.client import Client
@@ -79,6 +80,41 @@ class Session:
         return self._client._run(
             _calls.step(self.id, grads, params, none or (), fields, self._dtype)
         )
+
+    def push(
+        self,
+        *,
+        none: Iterable[str] | None = None,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        loss: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        loss_scale: float | None = None,
+        base_version: int | None = None,
+        dry_run: bool = False,
+        returns: Literal["params", "delta", "none"] = "params",
+        return_dtype: str | None = None,
+        abandon: bool = False,
+    ) -> Push:
+        """Return a step whose gradients are sent one by one; nothing is sent yet.
+
+        The arguments are those of :meth:`step`. Use ``with``, which gives it up if it is not
+        committed::
+
+            with session.push(loss=loss) as push:
+                push.put("w", grad)  # from any thread, in any order
+                params = push.commit().params
+        """
+        fields = _arguments.step_fields(
+            returns,
+            {"dry_run": dry_run, "abandon": abandon},
+            groups=groups,
+            loss=loss,
+            metrics=metrics,
+            loss_scale=loss_scale,
+            base_version=base_version,
+            return_dtype=return_dtype,
+        )
+        return Push(self._client, self.id, fields, none, self._dtype)
 
     def params(
         self,

@@ -231,6 +231,99 @@ def test_what_was_applied_before_the_kill_is_not_applied_after_it(place: Restart
         assert loaded.status()["version"] == 2
 
 
+TWO = {"w": np.ones(3, np.float32), "b/c": np.full(20_000, 2, np.float32)}
+
+
+class Pushed:
+    """Steps that are pushed and the same ones with torch itself."""
+
+    def __init__(self, client: Client) -> None:
+        self.session = client.create("AdamW", TWO, lr=0.01)
+        self.local = {n: torch.nn.Parameter(torch.from_numpy(v.copy())) for n, v in TWO.items()}
+        self.optimizer = torch.optim.AdamW(list(self.local.values()), lr=0.01, fused=True)
+        self.steps = 0
+
+    def push(self, between: Callable[[int], None] = lambda number: None) -> Any:
+        """Push one step; ``between`` is called before each request."""
+        self.steps += 1
+        grads = {name: value * self.steps for name, value in TWO.items()}
+        with self.session.push(loss=float(self.steps)) as push:
+            for number, name in enumerate(grads):
+                between(number)
+                push.put(name, grads[name])
+            between(len(grads))
+            result = push.commit()
+        for name, p in self.local.items():
+            p.grad = torch.from_numpy(grads[name])
+        self.optimizer.step()
+        assert (result.version, result.updates) == (self.steps, self.steps)
+        for name, p in self.local.items():
+            assert torch.equal(torch.from_numpy(result.params[name]), p.detach()), name
+        return result
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_server_that_is_killed_in_the_middle_of_a_push_costs_nothing_but_time(
+    place: Restarting, when: int
+) -> None:
+    def kill(number: int) -> None:
+        if number == when:
+            place.kill()
+            threads.append(place.back_soon())
+
+    threads: list[threading.Thread] = []
+    with Client(place.url) as client:
+        pushed = Pushed(client)
+        pushed.push()
+        assert not pushed.push(kill).duplicate
+        threads.pop().join()
+        pushed.push()
+        assert [row["loss"] for row in pushed.session.history()] == [1.0, 2.0, 3.0]
+
+
+class CutCommit(httpx.HTTPTransport):
+    """Lets the first commit through, kills the server, starts it again, and loses the answer."""
+
+    def __init__(self, place: Restarting) -> None:
+        super().__init__()
+        self._place = place
+        self.cuts = 0
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = super().handle_request(request)
+        if self.cuts or not request.url.path.endswith("/commit"):
+            return response
+        self.cuts += 1
+        response.read()
+        response.close()
+        self._place.kill()
+        self._place.again()
+        raise httpx.ReadError("the answer is lost")
+
+
+def test_a_push_that_was_committed_before_the_kill_is_not_applied_after_it(
+    place: Restarting,
+) -> None:
+    with Client(place.url, transport=CutCommit(place)) as client:
+        pushed = Pushed(client)
+        assert pushed.push().duplicate
+        assert not pushed.push().duplicate
+        assert [row["loss"] for row in pushed.session.history()] == [1.0, 2.0]
+
+
+def test_pushes_go_on_through_kills_at_any_moment(place: Restarting) -> None:
+    kills = Kills(place, 3)
+    with Client(place.url) as client:
+        pushed = Pushed(client)
+        kills.start()
+        while kills.is_alive() or pushed.steps < 60:
+            pushed.push(lambda number: kills.stepped())
+        kills.check()
+        losses = [row["loss"] for row in pushed.session.history(limit=100_000)]
+        assert losses == [float(n + 1) for n in range(pushed.steps)]
+        assert pushed.session.status()["recovery"] == {"bit_exact": True, "reason": None}
+
+
 def test_lost_history_is_told_until_the_program_resumes(place: Restarting) -> None:
     with Client(place.url) as client:
         session = client.create("SGD", ONE, lr=0.5, durability="memory")
