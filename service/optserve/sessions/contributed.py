@@ -34,10 +34,13 @@ _IN_HALVES = {"sparse", *compressed.HALVES}
 @contextmanager
 def opened(contributions: list[Contribution], expected: Expected) -> Iterator[list[Source]]:
     """Yield the gradients of ``contributions``, to be read once, in the order of the session."""
+    piece_bytes = max(_LEAST, _MOST // len(contributions))
     with ExitStack() as stack:
         sources: list[Source] = []
         for contribution in contributions:
-            stream = Stream(contribution.payload, expected, max(_LEAST, _MOST // len(contributions)))
+            stream = Stream(
+                contribution.payload, expected, max(_LEAST, _MOST // len(contributions))
+            )
             stack.callback(stream.close)
             sources.append(stream if stream.in_order else Whole(contribution.payload, expected))
         yield sources
