@@ -38,9 +38,7 @@ def opened(contributions: list[Contribution], expected: Expected) -> Iterator[li
     with ExitStack() as stack:
         sources: list[Source] = []
         for contribution in contributions:
-            stream = Stream(
-                contribution.payload, expected, max(_LEAST, _MOST // len(contributions))
-            )
+            stream = Stream(contribution.payload, expected, piece_bytes)
             stack.callback(stream.close)
             sources.append(stream if stream.in_order else Whole(contribution.payload, expected))
         yield sources
