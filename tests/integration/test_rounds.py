@@ -520,6 +520,16 @@ def test_a_repeat_after_the_round_is_told_what_the_round_made(made: Registry, af
     refused(KeyReused, session, "b", 1, 0, 3)
 
 
+def test_an_old_number_does_not_wait_for_the_round_that_is_open_now(made: Registry) -> None:
+    session = create(made, sync(2), arrays(0))
+    push(session, "a", 1, 0, 1)
+    ended(push(session, "b", 1, 0, 2))
+    push(session, "a", 2, 1, 3)
+    old = push(session, "a", 1, 0, 1)
+    assert old.pending is None
+    assert (old.scalars["duplicate"], old.scalars["applied_version"]) == (True, 1)
+
+
 def test_a_repeat_may_want_another_form_of_the_answer(made: Registry) -> None:
     """The digest is of the whole body, so these are told apart: another form is another request."""
     session = create(made, sync(2), arrays(0))
