@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +51,17 @@ def version() -> str:
     return str(torch.__version__)
 
 
+@cache
+def _vendor() -> str:
+    """Return whose processor this is: BLAS has other code for each, with other last bits."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("vendor_id", "CPU implementer"):
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
 def fingerprint(device: str, dtype: str, impl: str) -> dict[str, Any]:
     """Return what the last bits of an update by the calling thread depend on."""
     cuda = device.startswith("cuda")
@@ -54,7 +69,7 @@ def fingerprint(device: str, dtype: str, impl: str) -> dict[str, Any]:
         "torch": version(),
         "processor": torch.cuda.get_device_name(device)
         if cuda
-        else torch.backends.cpu.get_cpu_capability(),
+        else f"{torch.backends.cpu.get_cpu_capability()} {_vendor()}",
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "impl": impl,
