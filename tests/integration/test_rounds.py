@@ -451,7 +451,7 @@ def test_a_push_for_a_round_that_is_over_is_late(made: Registry) -> None:
         push(session, name, 1, 0)
     late = refused(StaleGradient, session, "c", 1, 0)
     assert late.detail == ("base_version is 0, the session's version is 1; the round is over")
-    assert late.extra == {"version": 1, "base_version": 0}
+    assert late.extra == {"version": 1, "base_version": 0, "updates": 1}
     assert push(session, "c", 1, 1).scalars["duplicate"] is False
 
 
