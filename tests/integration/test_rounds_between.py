@@ -7,6 +7,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -554,6 +555,44 @@ def test_after_a_kill_a_session_in_memory_alone_has_lost_its_open_round(tmp_path
         again.close()
         with pytest.raises(OptserveError):
             made.store.session(session.key)
+
+
+# --- all at once ---------------------------------------------------------------------------------
+
+
+def test_workers_on_threads_of_their_own_make_the_same_params(tmp_path: Path) -> None:
+    """Each pushes, some twice at the same time, while the state is dropped under them."""
+    made = Registry(
+        open_store(url=None, data_dir=tmp_path, files=None), threads=torch.get_num_threads()
+    )
+    names, last = ["w0", "w1", "w10", "w2"], 30
+    session, oracle = create(made, {**sync(4), "durability": "os"}, arrays(0)), Local(arrays(0))
+
+    def work(index: int) -> list[int]:
+        versions = []
+        for version in range(last):
+            seed = 10 * version + index
+            replies = [push(session, names[index], version + 1, version, seed)]
+            if (version + index) % 3 == 0:
+                replies.append(push(session, names[index], version + 1, version, seed))
+            if (version + index) % 7 == 0:
+                session.in_turn(session._held.drop).result(10)
+            for reply in replies:
+                told = ended(reply) if reply.pending is not None else reply
+                versions.append(told.scalars["applied_version"])
+        return versions
+
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            told = list(threads.map(work, range(4)))
+        for version in range(last):
+            oracle.step(mean([arrays(10 * version + i) for i in range(4)]))
+        oracle.check(params(session))
+        assert {row["contributions"] for row in rows_of(session).values()} == {last}
+        assert [sorted(set(versions)) for versions in told] == [list(range(1, last + 1))] * 4
+        rounds.read_back(session)
+    finally:
+        made.close()
 
 
 # --- workers come and go -------------------------------------------------------------------------

@@ -239,13 +239,14 @@ class Rounds(RuleBasedStateMachine):
         return self.store.met > self.calm
 
     @initialize(
-        count=st.integers(1, 4),
+        count=st.sampled_from([1, 2, 2, 3, 3, 4]),
+        absent=st.sampled_from([0, 0, 1, 2]),
         reduction=st.sampled_from(["mean", "sum", "weighted_mean", "median"]),
         durability=st.sampled_from(["os", "os", "os", "always"]),
     )
-    def create(self, count: int, reduction: str, durability: str) -> None:
-        how = {"mode": "sync", "count": count, "quorum": (count + 1) // 2, "deadline_s": 10.0,
-               "reduce": reduction}  # fmt: skip
+    def create(self, count: int, absent: int, reduction: str, durability: str) -> None:
+        how = {"mode": "sync", "count": count, "quorum": max(count - absent, 1),
+               "deadline_s": 10.0, "reduce": reduction}  # fmt: skip
         body = {"optimizer": {"name": "SGD", "lr": 0.5}, "workers": how, "durability": durability}
         create(self.registry, body, grads_of(0))
         self.model = Model(how=how, params=grads_of(0))
@@ -373,7 +374,7 @@ class Rounds(RuleBasedStateMachine):
 
     @rule(
         seeds=st.dictionaries(st.sampled_from(NAMES), st.integers(1, 50), min_size=1),
-        repeats=st.booleans(),
+        repeats=st.sampled_from([True, True, False]),
         fate=FATES,
     )
     def a_deadline_comes(
@@ -406,6 +407,11 @@ class Rounds(RuleBasedStateMachine):
                 self.send(name, None, len(results) - back, seed or known, base)
         elif back < 0:
             self.send(name, None, len(results) + 2, 1, self.model.version)
+
+    @rule(name=st.sampled_from(NAMES), seed=st.integers(1, 50), back=st.integers(0, 3))
+    def a_push_and_an_old_number(self, name: str, seed: int, back: int) -> None:
+        self.pushes(name, seed, 0, False)
+        self.an_old_number_comes_again(name, back, None)
 
     @rule(name=st.sampled_from(NAMES), off=st.sampled_from([-1, 1]))
     def another_epoch_pushes(self, name: str, off: int) -> None:
@@ -449,6 +455,7 @@ class Rounds(RuleBasedStateMachine):
             return
         self.insist(ask)
         worker.removed = True
+        self.pushes(name, 7, 0, False)
 
     @rule(count=st.integers(1, 5), slack=st.integers(0, 2), deadline_s=st.sampled_from([5.0, 20.0]))
     def is_patched(self, count: int, slack: int, deadline_s: float) -> None:

@@ -88,6 +88,7 @@ _ROUND: Members = {
     "workers": {**a_list(STRING), "description": "Whose pushes made the update."},
     "missing": {**COUNT, "description": "How many more were waited for."},
     "closed_by": {"enum": ["count", "deadline"]},
+    "weight": {"type": "number", "description": "Of the own push, in a weighted mean."},
 }
 _OPEN: Members = {
     **{name: _ROUND[name] for name in ("number", "base_version", "contributed", "count")},
