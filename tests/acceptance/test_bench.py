@@ -1,5 +1,5 @@
-"""``scripts/bench speed --quick`` without its peers, which install themselves: every row is there,
-and every figure is a figure."""
+"""``scripts/bench speed --quick`` without its peers, which install themselves, and ``scripts/bench
+compression --quick``: every row is there, and every figure is a figure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compression
 from benchmarks.speed import report
 from benchmarks.speed.shapes import resnet50
 from tests.serving import ROOT, environment
@@ -121,3 +122,67 @@ def test_resnet50_has_torchvisions_shapes() -> None:
     shapes = resnet50()
     assert len(shapes) == 161
     assert sum(math.prod(shape) for shape in shapes) == 25_557_032
+
+
+@pytest.fixture(scope="module")
+def compressed() -> list[dict[str, list[str]]]:
+    """The tables of ``scripts/bench compression --quick``: cells by the name of their row."""
+    document = compression.DOCUMENT.read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compression", "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert compression.DOCUMENT.read_text() == document
+    tables: list[dict[str, list[str]]] = []
+    for line in done.stdout.splitlines():
+        if line.startswith("|  |"):
+            tables.append({})
+        elif line.startswith("| ") and "---" not in line:
+            name, *cells = line.strip("| ").split(" | ")
+            tables[-1][name] = cells
+    return tables
+
+
+def test_every_way_to_compress_was_measured(compressed: list[dict[str, list[str]]]) -> None:
+    large, digits = compressed
+    assert list(large) == list(compression.CONTESTANTS)
+    assert list(digits) == [*compression.CONTESTANTS, *compression.WITHOUT_FEEDBACK]
+    for cells in (*large.values(), *digits.values()):
+        assert all(float(cell.replace(",", "")) > 0 for cell in cells)
+
+
+def test_bytes_are_as_few_as_each_way_says(compressed: list[dict[str, list[str]]]) -> None:
+    share = {name: float(cells[1]) for name, cells in compressed[0].items()}
+    assert share["none"] == 100
+    assert share["`Half()`, bfloat16"] == pytest.approx(50, abs=0.2)
+    assert share["`Int8()`"] == pytest.approx(25.4, abs=0.3)
+    assert share["`TopK(0.1)`"] == pytest.approx(20, abs=0.3)
+    assert share["`TopK(0.01)`"] == pytest.approx(2, abs=0.2)
+    assert 80 < share["zstd"] < 100
+
+
+def test_training_in_fewer_bits_ends_where_it_does_in_all(
+    compressed: list[dict[str, list[str]]],
+) -> None:
+    losses = {name: float(cells[-2]) for name, cells in compressed[1].items()}
+    assert losses["gzip"] == losses["zstd"] == losses["none"]
+    for name in ("`Int8()`", "`Half()`, bfloat16"):
+        assert losses[name] == pytest.approx(losses["none"], rel=0.01)
+    assert losses["`TopK(0.01)`"] < losses["`TopK(0.01, error_feedback=False)`"]
+
+
+def test_the_table_goes_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:
+    path = tmp_path / "document.md"
+    for text in ("first", "second\n\n| a |"):
+        path.write_text(f"before\n{compression.BEGIN}old\n{compression.END}after\n")
+        compression.write(text, path)
+        marked = f"{compression.BEGIN}\n{text}\n\n{compression.END}"
+        assert path.read_text() == f"before\n{marked}after\n"
+    path.write_text("no marks")
+    with pytest.raises(SystemExit, match="has no line <!-- measured -->"):
+        compression.write("text", path)

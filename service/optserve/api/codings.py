@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from optserve_client.errors import Malformed, TooLarge, UnsupportedMediaType
 from optserve_client.wire import BytesLike
 
+# Python's own interface, because it can be told how much to return of what a piece becomes.
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
