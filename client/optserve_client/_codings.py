@@ -69,9 +69,13 @@ class Coding:
         said = {"Content-Encoding": self.name, "Content-Length": str(size)}
         return replace(request, pieces=tuple(pieces), headers={**request.headers, **said})
 
+    def applies(self, answer: Answer) -> bool:
+        """Say whether ``answer`` is compressed."""
+        return answer.headers.get("content-encoding") == self.name
+
     def plain(self, answer: Answer) -> Answer:
         """Return ``answer`` as it was before the server compressed it."""
-        if answer.headers.get("content-encoding") != self.name:
+        if not self.applies(answer):
             return answer
         whole = bytearray()
         try:
@@ -119,7 +123,7 @@ class AwaitedCoded:
         if request.length >= LEAST_BYTES:
             request = await asyncio.to_thread(self._coding.coded, request)
         answer = await self._inner.send(request)
-        if len(answer.body) < LEAST_BYTES:
+        if len(answer.body) < LEAST_BYTES or not self._coding.applies(answer):
             return self._coding.plain(answer)
         return await asyncio.to_thread(self._coding.plain, answer)
 
