@@ -260,6 +260,12 @@ def test_all_pushes_together_have_so_many_elements_in_memory(
     assert {max(push.reads) for push in pushes} == {5}
 
 
+@pytest.mark.parametrize("sources", [1, 2, 4, 1000])
+def test_a_piece_is_too_small_to_be_divided_among_threads(sources: int) -> None:
+    grain = 32_768  # of ATen: it takes threads for more
+    assert max(module._pieces(1_000_000, sources)) <= grain
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_pushes_combine_as_in_numpy(data: st.DataObject) -> None:

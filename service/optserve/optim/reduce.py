@@ -22,6 +22,9 @@ from optserve.optim.rounding import TORCH_DTYPES
 #: Elements of all sources together that are read before they are combined.
 _ELEMENTS = 2**20
 _LEAST = 2**12
+#: Of one source: what torch would divide among threads costs more than it saves, and ten times as
+#: much where all processors are busy, because its threads wait for each other after each operation.
+_MOST = 2**15
 
 
 class Source(Protocol):
@@ -92,7 +95,7 @@ def _inverse(loss_scale: float | None) -> float | None:
 
 
 def _pieces(numel: int, sources: int) -> Iterator[int]:
-    size = max(_LEAST, _ELEMENTS // sources)
+    size = min(max(_LEAST, _ELEMENTS // sources), _MOST)
     for at in range(0, numel, size):
         yield min(size, numel - at)
 
