@@ -153,14 +153,15 @@ class Proxy:
     async def _replay(self, request: bytes, pause_s: float) -> None:
         """Send recorded bytes on a connection of their own and note how they are answered."""
         await asyncio.sleep(pause_s)
-        reader, writer = await self._connect()
-        try:
-            writer.write(request)
-            reply = await _read_message(reader)
-            if reply is not None:
-                self.replayed[int(reply.split(b" ", 2)[1])] += 1
-        finally:
-            _close(writer)
+        with contextlib.suppress(OSError, EOFError):  # the server may die meanwhile
+            reader, writer = await self._connect()
+            try:
+                writer.write(request)
+                reply = await _read_message(reader)
+                if reply is not None:
+                    self.replayed[int(reply.split(b" ", 2)[1])] += 1
+            finally:
+                _close(writer)
 
     # --- other threads ---------------------------------------------------------------------------
 
