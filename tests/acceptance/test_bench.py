@@ -1,5 +1,5 @@
-"""``scripts/bench speed --quick`` without its peers, which install themselves: every row is there,
-and every figure is a figure."""
+"""``scripts/bench speed --quick`` without its peers, which install themselves, and ``scripts/bench
+workers`` with few workers: every row is there, and every figure is a figure."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.serving import ROOT, environment
 LIMIT_S = 120
 
 
-def bench(tmp_path: Path, *args: str) -> tuple[dict[str, Any], str]:
-    """Run ``scripts/bench speed --quick`` with ``args``; return its raw figures and what it says.
+def bench(tmp_path: Path, name: str, *args: str) -> tuple[dict[str, Any], str]:
+    """Run ``scripts/bench NAME --quick`` with ``args``; return its raw figures and what it says.
 
     Without scripts/setup, which has done its work before any test runs.
     """
     raw = tmp_path / "raw.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", "--quick", "--json", str(raw), *args],
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--json", str(raw), *args],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -51,7 +51,7 @@ def times(raw: Any) -> Iterator[float]:
     """Yield every median and ratio in ``raw``."""
     if isinstance(raw, dict):
         for name, value in raw.items():
-            if name in {"p50_s", "p99_s", "ratio", "per_s", "optserve_over"}:
+            if name in {"p50_s", "p99_s", "ratio", "per_s", "bytes_s", "optserve_over"}:
                 yield value
             yield from times(value)
 
@@ -59,7 +59,7 @@ def times(raw: Any) -> Iterator[float]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     only = "floors,optserve,memory,small,throughput,resident,json,link"
-    return bench(tmp_path_factory.mktemp("bench"), "--only", only)
+    return bench(tmp_path_factory.mktemp("bench"), "speed", "--only", only)
 
 
 def test_every_contestant_that_was_asked_for_took_part(
@@ -115,6 +115,16 @@ def test_a_step_over_a_slow_link_takes_longer_than_its_bytes(
         pytest.skip(f"no link: {link['absent']}")
     assert link["f32_over_link"] > 1
     assert link["bf16_over_f32"] > 0
+
+
+def test_workers_are_compared_with_one_alone(tmp_path: Path) -> None:
+    raw, said = bench(tmp_path, "workers", "--counts", "1", "2", "--turns", "1")
+    for by_count in (raw["1M"]["sync"], raw["1M"]["async"]):
+        assert by_count.keys() == {"1", "2"}
+        assert by_count["1"]["ratio"] == 1
+    assert all(math.isfinite(value) and value >= 0 for value in figures(raw))
+    assert all(value > 0 for value in times(raw))
+    assert "| 1 M | 2 |" in said
 
 
 def test_resnet50_has_torchvisions_shapes() -> None:
