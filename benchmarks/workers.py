@@ -1,9 +1,9 @@
-"""scripts/bench workers: what several workers on one session move together, against one alone.
+"""What several workers on one session move together, against one alone.
 
 One real server and a process for each worker, on this machine, over loopback. Each holds a gradient
 and pushes it, in rounds or asynchronously, and gets the params. In each turn first one worker
 pushes, then two, four and eight at once, each number on a session of its own; ratios are medians
-over turns of the ratios within a turn.
+over turns of the ratios within a turn. With --quick, or only a part of it, nothing is written.
 """
 
 from __future__ import annotations
@@ -161,15 +161,15 @@ def main() -> None:
     print(found)
     if options.json is not None:
         options.json.write_text(json.dumps(raw) + "\n")
-    if not (options.quick or options.dry or options.sizes or options.turns):
+    if not (options.quick or options.dry or options.part):
         command = shlex.join(["scripts/bench", "workers", *sys.argv[1:]])
         results.write("Workers", command, found)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench workers", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1 M only; writes no results")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="only these; writes no results")
+    parser.add_argument("--quick", action="store_true", help="1 M only, few turns")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="only these")
     parser.add_argument(
         "--counts", nargs="+", type=int, default=COUNTS, help="of workers; the first is compared to"
     )
@@ -177,6 +177,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="print only")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the raw figures here")
     options = parser.parse_args()
+    options.part = options.sizes or options.turns or tuple(options.counts) != COUNTS
     if options.quick and set(options.sizes or ()) - QUICK.keys():
         parser.error(f"--quick has only {', '.join(QUICK)}")
     return options

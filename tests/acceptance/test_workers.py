@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,7 @@ def alone(todo: list[Job], torch_line: str, rounds: int) -> Arrays:
     return params
 
 
+@cache
 def single(net: str) -> float:
     """Return the accuracy of one process that has all scans, in batches as large as a round."""
     shard = Shard(0, 1, SIZE * len(NAMES))
