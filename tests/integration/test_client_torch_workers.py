@@ -278,7 +278,7 @@ def test_local_steps_are_averaged_with_momentum_as_one_process_does(
             net.parameters(),
             {"name": "SGD", "lr": 1.0, "momentum": 0.9},
             client=client,
-            session_id="federated",
+            session_id="federated-torch",
             session=sync(push="deltas"),
             worker=NAMES[k],
         )
@@ -302,7 +302,7 @@ def test_local_steps_are_averaged_with_momentum_as_one_process_does(
         outer.step()
     for replica in as_threads(server, loop):
         same(replica, merged)
-    assert client.session("federated").history()[-1]["metrics"] == {"k": 1.0}
+    assert client.session("federated-torch").history()[-1]["metrics"] == {"k": 1.0}
 
 
 def test_gradients_and_deltas_are_not_mistaken_for_each_other(client: Client) -> None:
