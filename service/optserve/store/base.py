@@ -68,6 +68,13 @@ class Payload(Protocol):
         end, and in ``read``, the bytes are compared with ``digest``.
         """
 
+    def pread(self, nbytes: int, at: int) -> BytesLike:
+        """Return bytes ``[at, at + nbytes)``: fewer at the end, or where the medium
+        gives no more at once. They are not compared with ``digest``.
+
+        Raises Damaged if they cannot be read.
+        """
+
     def read(self) -> bytes:
         """Return all bytes at once; meant for small payloads."""
 

@@ -256,14 +256,14 @@ class FilePayload:
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         try:
             self._hold()
-            yield from checked(self._pread, self.nbytes, self.digest, self._damaged, size)
+            yield from checked(self.pread, self.nbytes, self.digest, self._damaged, size)
         finally:
             self.file.release()
 
     def read(self) -> bytes:
         try:
             self._hold()
-            return checked_whole(self._pread, self.nbytes, self.digest, self._damaged)
+            return checked_whole(self.pread, self.nbytes, self.digest, self._damaged)
         finally:
             self.file.release()
 
@@ -287,7 +287,7 @@ class FilePayload:
         except OSError as exc:
             raise unreadable(self.name, exc) from exc
 
-    def _pread(self, nbytes: int, at: int) -> bytes:
+    def pread(self, nbytes: int, at: int) -> bytes:
         try:
             try:
                 return self._files.disk.pread(self.file.hold(), nbytes, at)

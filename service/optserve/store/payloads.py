@@ -59,6 +59,9 @@ class InlinePayload:
         whole = memoryview(self._data)
         return (whole[at : at + size] for at in range(0, len(whole), size))
 
+    def pread(self, nbytes: int, at: int) -> memoryview:
+        return memoryview(self._data)[at : at + nbytes]
+
     def read(self) -> bytes:
         self._check()
         return self._data
@@ -123,12 +126,12 @@ class SpooledPayload:
         self.digest = digest
 
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        return checked(self._pread, self.nbytes, self.digest, self._damaged, size)
+        return checked(self.pread, self.nbytes, self.digest, self._damaged, size)
 
     def read(self) -> bytes:
-        return checked_whole(self._pread, self.nbytes, self.digest, self._damaged)
+        return checked_whole(self.pread, self.nbytes, self.digest, self._damaged)
 
-    def _pread(self, nbytes: int, at: int) -> bytes:
+    def pread(self, nbytes: int, at: int) -> bytes:
         try:
             return os.pread(self._segment.fd, nbytes, self._begin + at)
         except OSError as exc:

@@ -48,6 +48,9 @@ class LostPayload:
     def chunks(self, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         raise Damaged(self.why)
 
+    def pread(self, nbytes: int, at: int) -> bytes:
+        raise Damaged(self.why)
+
     def read(self) -> bytes:
         raise Damaged(self.why)
 
