@@ -30,6 +30,7 @@ from benchmarks import results
 from examples.demo_digits import LR, WEIGHT_DECAY, Digits, accuracy, initial_params, loss_and_grads
 from optserve_client import Client, Half, Int8, Session, TopK
 from optserve_client._codings import Coded
+from tests import record
 from tests.serving import ServerProcess
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "compression.md"
@@ -174,7 +175,7 @@ def large_rows(
             name,
             f"{near[name].sent / 1e6:.3g}",
             f"{100 * near[name].sent / whole:.3g}",
-            f"{near[name].ms:.3g}",
+            record.number(near[name].ms),
             f"{far[name].ms / 1e3:.3g}",
         ]
         for name in CONTESTANTS

@@ -8,6 +8,7 @@ from typing import Any
 from optserve_client import errors, wire
 from optserve_client._values import Json, Params, StepResult
 from optserve_client.client import Client
+from optserve_client.compress import Compressor
 from optserve_client.session import Session
 from optserve_client.worker import Worker
 
@@ -28,9 +29,11 @@ def worker_of(worker: Worker | str | None, client: Client, session_id: str | Non
 class Pusher:
     """Pushes into a session, alone or as one of several workers."""
 
-    def __init__(self, session: Session, worker: Worker | None, hyper: Hyper) -> None:
+    def __init__(
+        self, session: Session, worker: Worker | None, hyper: Hyper, compress: Compressor | None
+    ) -> None:
         self.session, self.worker = session, worker
-        self._hyper = hyper
+        self._hyper, self._compress = hyper, compress
         #: Of the last push, where there are several workers.
         self.result: StepResult | None = None
         workers = session.info["config"].get("workers")
@@ -67,6 +70,7 @@ class Pusher:
         nothing else goes along.
         """
         changes = None if inside else self._hyper.changes(groups)
+        told["compress"] = self._compress
         if self.worker is None:
             edited = {} if inside else edits()
             result = self.session.step(

@@ -75,7 +75,7 @@ class AsyncWorker:
             least, task = ahead
             pending = not task.done()
             if not (pending and await self._client._play(self._member.newest()) < least):
-                found = await task
+                found = await asyncio.shield(task)  # another pull may wait for it, too
             elif self.params is not None:  # there are none that are newer
                 return self.params
             await self._stop()

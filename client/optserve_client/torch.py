@@ -28,6 +28,7 @@ from optserve_client._remote import (
 )
 from optserve_client._values import Sparse, StepResult
 from optserve_client.client import Client
+from optserve_client.compress import Compressor
 from optserve_client.session import Session
 from optserve_client.worker import Worker
 
@@ -64,6 +65,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         edits: Literal["content", "version"] = "content",
         session: Mapping[str, Any] | None = None,
         worker: Worker | str | None = None,
+        compress: Compressor | None = None,
         **hyperparameters: Any,
     ) -> None:
         """Create a session on the server, or open the one that is there.
@@ -84,6 +86,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 session of the same id, whose ``workers`` are in ``session``. Its name, or a
                 :class:`Worker`. Whoever comes first creates the session, and all start from its
                 parameters.
+            compress: How gradients, or deltas, are sent; for example ``TopK(0.01)``.
             **hyperparameters: Of the optimizer.
         """
         check_client(client)
@@ -115,7 +118,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
             **given(sparse=sparse_names(self._name, sparse)),
             **dict(session or {}),
         )
-        self._pusher = Pusher(created, member, self._hyper)
+        self._pusher = Pusher(created, member, self._hyper, compress)
         self._hyper.adopt(self.param_groups, created.info["groups"])
         if created.created and member is None:
             self._note({name: _array(p) for name, p in self._parameters()}, copy=True)

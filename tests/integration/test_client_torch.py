@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from optserve_client import Client, errors
+from optserve_client import Client, TopK, errors
 from optserve_client.torch import RemoteOptimizer
 from tests.serving import ServerProcess
 
@@ -658,3 +658,23 @@ def test_hyperparameters_of_any_kind_of_number_are_sent(client: Client, lr: Any)
     train_step(net, remote, 0)
     [group] = remote.session.status()["groups"]
     assert (group["lr"], group["momentum"]) == (0.5, 0.5)
+
+
+def test_gradients_are_sent_compressed_and_what_is_not_sent_is_not_lost(client: Client) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(100, 50)
+    start = {name: p.detach().numpy().copy() for name, p in net.named_parameters()}
+    session = client.create("SGD", start, lr=0.1)
+    optimizer = RemoteOptimizer(
+        net.named_parameters(), "SGD", lr=0.1, client=client, compress=TopK(0.1)
+    )
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(torch.randn(8, 100)).square().mean().backward()
+        optimizer.step()
+        grads: dict[str, Any] = {name: p.grad for name, p in net.named_parameters()}
+        whole = {name: grad.numpy() for name, grad in grads.items()}
+        result = session.step(whole, compress=TopK(0.1))
+    assert result.params is not None
+    for name, p in net.named_parameters():
+        np.testing.assert_array_equal(p.detach().numpy(), result.params[name])

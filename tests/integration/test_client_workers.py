@@ -557,6 +557,28 @@ def test_an_awaited_worker_pulls_ahead_as_well(server: ServerProcess) -> None:
     asyncio.run(run())
 
 
+def test_a_pull_that_is_given_up_leaves_what_is_pulled_ahead_alone(server: ServerProcess) -> None:
+    async def run() -> None:
+        async with AsyncClient(server.url) as client:
+            session = await client.create("SGD", ONE, lr=1.0, workers=ASYNC)
+            async with AsyncWorker(client, session.id, "a") as worker:
+                await worker.pull()
+                await session.step(ONE)
+                gate = asyncio.Event()
+
+                async def late() -> Any:
+                    await gate.wait()
+                    return await session.params()
+
+                worker._ahead = 1, asyncio.create_task(late())
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(worker.pull(), 0.5)
+                gate.set()
+                assert (await worker.pull()).version == 1
+
+    asyncio.run(run())
+
+
 # Awaited -----------------------------------------------------------------------------------------
 
 
