@@ -21,7 +21,7 @@ from optserve.sessions.registry import Registry
 from optserve.sessions.session import Session
 from optserve.store.opening import open_store
 from optserve_client.errors import Damaged, SessionRewound
-from tests import local
+from tests import local, rounds
 from tests.local import NOBODY, Identity, arrays, create, exported, step
 from tests.postgres import shared_cluster
 
@@ -191,6 +191,35 @@ def check_salvaged(folder: Path) -> None:
             local.params_of(one), {n: torch.tensor(p) for n, p in local.params_of(two).items()}
         )
         assert made.get("default", "small").status().result(30)["version"] == STEPS
+
+
+def test_rounds_are_salvaged_up_to_the_one_with_the_damage(tmp_path: Path) -> None:
+    def push(session: Session, worker: str, seq: int, base: int, seed: int) -> Any:
+        return rounds.push(session, worker, seq, base, arrays(seed, LARGE))
+
+    oracle = rounds.Local(arrays(0, LARGE))
+    with registry(tmp_path) as made:
+        session = create(made, rounds.sync(2), arrays(0, LARGE), "large")
+        for number in range(2):
+            for seed, worker in enumerate("ab", 1 + 2 * number):
+                last = push(session, worker, number + 1, number, seed)
+            rounds.ended(last)
+    flip(payload_of(tmp_path, 5))  # the first push of the second round
+    done = fsck(tmp_path, "--salvage", "all")
+    assert done.exit_code == 0, done.output
+    assert "large: lsn 5: event 5 (contribution, version 1): " in done.stdout
+    assert "it is back at version 1, " in done.stdout
+    assert "; lost: version 2 (3 events)\n" in done.stdout
+    assert fsck(tmp_path).exit_code == 0
+    with registry(tmp_path) as made:
+        session = made.get("default", "large")
+        oracle.step(rounds.mean([arrays(seed, LARGE) for seed in (1, 2)]))
+        oracle.check(rounds.params(session))
+        assert rounds.round_of(session) is None
+        rounds.waits(push(session, "a", 2, 1, 3))
+        rounds.ended(push(session, "b", 2, 1, 4))
+        oracle.step(rounds.mean([arrays(seed, LARGE) for seed in (3, 4)]))
+        oracle.check(rounds.params(session))
 
 
 def test_an_inline_payload_is_read_too(folder: Path) -> None:
