@@ -9,7 +9,9 @@ import typer
 
 from optserve import __version__, logs
 from optserve.commands import sessions
+from optserve.commands.config import config
 from optserve.commands.fsck import fsck
+from optserve.commands.health import health
 from optserve.commands.serve import serve, variables_only
 
 app = typer.Typer(
@@ -30,6 +32,8 @@ def version() -> None:
 
 
 app.command(epilog=variables_only())(serve)
+app.command()(health)
+app.command()(config)
 app.command()(fsck)
 app.add_typer(sessions.app, name="sessions")
 

@@ -1,4 +1,4 @@
-"""How much memory the sessions may take where nobody said: half of what this process may have."""
+"""How much memory the sessions may take where nobody said: half of what is there beside torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-#: The other half is for bodies and replies under way, torch itself, the database and the page
-#: cache, without which every payload would be read from the disk.
+#: What a server takes without any session: Python, torch and its threads.
+OWN_BYTES = 256 << 20
+#: The other half is for bodies and replies under way, the database and the page cache, without
+#: which every payload would be read from the disk.
 SHARE = 2
 #: cgroup v1 writes its "no limit" as a number near 2**63.
 _UNLIMITED = 2**60
@@ -29,12 +31,17 @@ def parse_bytes(text: str) -> int | None:
 
 
 def default_budget() -> int | None:
-    """Return half of the smaller of the machine's memory and the container's limit, in bytes.
+    """Return half of what the machine's memory or the container's limit leaves beside OWN_BYTES.
 
     None where neither can be told: then there is no budget.
     """
     known = [*limits(), *_machine()]
-    return min(known) // SHARE if known else None
+    return budget_of(min(known)) if known else None
+
+
+def budget_of(nbytes: int) -> int:
+    """Return the bytes for sessions where the whole process may take ``nbytes``."""
+    return max(nbytes - OWN_BYTES, nbytes // 4) // SHARE
 
 
 def _machine() -> Iterator[int]:

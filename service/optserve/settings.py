@@ -1,17 +1,24 @@
-"""What can be set: by a flag of ``optserve serve``, else ``OPTSERVE_*``, else the default here."""
+"""What can be set: by a flag of ``optserve serve``, else ``OPTSERVE_*``, else in a TOML file, else
+the default here."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
+from optserve import config_file
 from optserve.memory_budget import parse_bytes
 from optserve.sessions.fields import say, shown
 
@@ -56,6 +63,10 @@ class StoreSettings(BaseSettings):
         hide_input_in_errors=True,
     )
 
+    config: Path | None = Field(
+        None,
+        description="TOML file for settings that no flag and no variable sets; a line is port = 8000.",
+    )
     data_dir: Path | None = Field(
         None,
         description="Directory of the database and of large tensors; unset, optserve in the "
@@ -67,13 +78,33 @@ class StoreSettings(BaseSettings):
         description="Database instead of SQLite in the data directory: sqlite:///PATH, "
         "postgresql+psycopg://USER@HOST/NAME, or memory, which keeps nothing.",
     )
+    store_password_file: Path | None = Field(
+        None,
+        description="File with the password of the database in --store; a line break at its end "
+        "does not count.",
+    )
     files: Path | None = Field(
         None,
         description="Directory of large tensors; unset, the data directory, or with PostgreSQL "
         "the database.",
     )
 
-    @field_validator("data_dir", "files", mode="before")
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return flags, variables and the file, in this order."""
+        assert isinstance(init_settings, InitSettingsSource)
+        said = file_values(init_settings.init_kwargs)
+        mine = {name: value for name, value in said.items() if name in cls.model_fields}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, mine)
+
+    @field_validator("config", "data_dir", "files", "store_password_file", mode="before")
     @classmethod
     def _path_is_whole(cls, value: Any) -> Any:
         if value == "":  # a shell variable that was not set
@@ -89,6 +120,28 @@ class StoreSettings(BaseSettings):
                 f"got {shown(masked(value))}"
             )
         return value
+
+    @model_validator(mode="after")
+    def _one_password(self) -> Self:
+        if self.store_password_file is not None:
+            if self.store is None or not self.store.startswith("postgresql"):
+                raise ValueError("store_password_file is for a store at postgresql+psycopg://...")
+            if masked(self.store) != self.store:
+                raise ValueError("the store has a password and store_password_file, expected one")
+        return self
+
+    @property
+    def url(self) -> str | None:
+        """The database with its password. Raises OSError or ValueError where its file cannot be
+        read."""
+        if self.store is None or self.store_password_file is None:
+            return self.store
+        from sqlalchemy import make_url
+
+        password = self.store_password_file.read_text().removesuffix("\n").removesuffix("\r")
+        if not password:
+            raise ValueError("it is empty")
+        return make_url(self.store).set(password=password).render_as_string(hide_password=False)
 
     @property
     def directory(self) -> Path:
@@ -128,8 +181,8 @@ class Settings(StoreSettings):
         None,
         ge=1,
         description="Bytes of memory for sessions, such as 512MiB or 8GB; idle ones beyond it are "
-        "put away. Unset, half of what the machine or container has: the other half is for bodies "
-        "and replies under way, torch and the page cache.",
+        "put away. Unset, half of what the machine or container has beside the 256 MiB of torch: "
+        "the other half is for bodies and replies under way and the page cache.",
     )
     session_ttl: float | None = Field(
         None,
@@ -141,8 +194,12 @@ class Settings(StoreSettings):
     log_level: LogLevel = Field(
         "info", description="Least severe message that is logged: debug, info, warning or error."
     )
-    max_body_bytes: int = Field(4 * GIB, ge=1, description="Largest binary body.")
-    max_json_bytes: int = Field(256 * MIB, ge=1, description="Largest JSON body.")
+    max_body_bytes: int = Field(
+        4 * GIB, ge=1, description="Largest binary body; never more than the memory budget."
+    )
+    max_json_bytes: int = Field(
+        256 * MIB, ge=1, description="Largest JSON body; never more than the memory budget."
+    )
     body_timeout_s: float = Field(30, gt=0, description="Longest silence while a body arrives.")
     body_min_rate_bytes_s: int = Field(
         64 * 1024, ge=0, description="Least average rate of a body after its first body_timeout_s."
@@ -218,15 +275,30 @@ class Settings(StoreSettings):
         return self
 
 
-def explain(exc: ValidationError, flags: dict[str, Any]) -> list[str]:
-    """Return a sentence for each error in ``exc``, naming the flag or variable it came from."""
+def file_values(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the TOML file says, if there is one; ``flags`` may name it."""
+    path = config_file.path_of(flags)
+    return {} if path is None else config_file.read(path, Settings.model_fields)
+
+
+def source_of(field: str, flags: Mapping[str, Any]) -> str | None:
+    """Return where a setting comes from, as it is called there; None: it is the default."""
+    if flags.get(field) is not None:
+        return _flag(field)
+    if os.environ.get(variable := f"{PREFIX}{field.upper()}"):
+        return variable
+    return f"{field} in {config_file.path_of(flags)}" if field in file_values(flags) else None
+
+
+def explain(exc: ValidationError, flags: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each error in ``exc``, naming where the value came from."""
     lines = []
     for error in exc.errors(include_url=False):
         if not error["loc"]:
             lines.append(error["msg"].removeprefix("Value error, "))
             continue
         field = str(error["loc"][0])
-        lines.append(say(error, _flag(field) if field in flags else f"{PREFIX}{field.upper()}"))
+        lines.append(say(error, source_of(field, flags) or f"{PREFIX}{field.upper()}"))
     return lines
 
 

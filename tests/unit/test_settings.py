@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 from pydantic import ValidationError
 
-from optserve.memory_budget import default_budget, limits, parse_bytes
+from optserve.memory_budget import budget_of, default_budget, limits, parse_bytes
 from optserve.settings import (
     Settings,
     StoreSettings,
@@ -238,6 +238,13 @@ def test_the_default_budget_is_at_most_half_of_the_machine() -> None:
     budget = default_budget()
     assert budget is not None
     assert 0 < budget <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+@pytest.mark.parametrize(
+    ("process", "sessions"), [(2**30, 384 * 2**20), (512 * 2**20, 128 * 2**20), (2**28, 2**25)]
+)
+def test_torch_itself_is_not_for_sessions(process: int, sessions: int) -> None:
+    assert budget_of(process) == sessions
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from optserve.api.connection import EXTENSION, HEADERS_ONLY, REPLY, Exchange
 from optserve.api.draining import Drain
 from optserve.api.problems import problem_response
+from optserve.sessions.turn import forget_frames
 from optserve_client.errors import Unavailable
 
 log = structlog.get_logger(__name__)
@@ -51,6 +52,7 @@ class Edge:
             if exchange.started:
                 raise  # half an answer is out: only closing the connection tells the client
             await exchange.refuse(exc)
+            forget_frames(exc)
 
 
 class _Exchange:

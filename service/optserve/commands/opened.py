@@ -21,7 +21,14 @@ def open_place(settings: StoreSettings) -> Store:
     """Open the store of ``settings``, making its directory. Raises CannotOpen."""
     from optserve.store.opening import CannotOpen, InUse, open_store
 
-    directory, url = settings.directory, settings.store
+    directory = settings.directory
+    try:
+        url = settings.url
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise CannotOpen(
+            f"the password in {settings.store_password_file} cannot be read: {why}"
+        ) from exc
     if url is None or url.startswith("sqlite:"):
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

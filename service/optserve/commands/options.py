@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import Parameter, Signature
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
 
+from optserve.config_file import BadConfigFile
 from optserve.settings import Settings, StoreSettings, explain
 
 S = TypeVar("S", bound=StoreSettings)
@@ -22,6 +25,43 @@ def flag(field: str) -> Any:
         help=f"{info.description}{default}",
         show_default=False,
     )
+
+
+#: Settings that a flag sets, with the type that it is read as.
+SERVER_FLAGS: dict[str, type] = {
+    "config": str,
+    "host": str,
+    "port": int,
+    "uds": str,
+    "fd": int,
+    "data_dir": str,
+    "store": str,
+    "store_password_file": str,
+    "files": str,
+    "memory_budget": str,
+    "session_ttl": str,
+    "threads": int,
+    "device": str,
+    "log_level": str,
+}
+
+
+def settings_flags(command: Callable[[Mapping[str, Any]], None]) -> Callable[..., None]:
+    """Give ``command`` a flag for each of SERVER_FLAGS; it is called with those that were given."""
+
+    @wraps(command)
+    def with_flags(**flags: Any) -> None:
+        command({name: value for name, value in flags.items() if value is not None})
+
+    kinds = {name: Annotated[kind | None, flag(name)] for name, kind in SERVER_FLAGS.items()}
+    with_flags.__annotations__ = dict(kinds)
+    with_flags.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+            for name, kind in kinds.items()
+        ]
+    )
+    return with_flags
 
 
 def say(sentence: str) -> None:
@@ -40,6 +80,8 @@ def read_settings(kind: type[S], flags: Mapping[str, Any]) -> S:
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         return kind(**given)
+    except BadConfigFile as exc:
+        fail(str(exc), 2, exc)
     except ValidationError as exc:
         for line in explain(exc, given):
             say(line)

@@ -5,55 +5,33 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
 from optserve import __version__
 from optserve.commands.opened import open_place
-from optserve.commands.options import flag, read_settings, say
+from optserve.commands.options import SERVER_FLAGS, read_settings, say, settings_flags
 from optserve.memory_budget import default_budget
 from optserve.settings import PREFIX, Settings, contradiction, unknown_variables
 from optserve_client.errors import OptserveError
 
-_FLAGS = (
-    "host",
-    "port",
-    "uds",
-    "fd",
-    "data_dir",
-    "store",
-    "files",
-    "memory_budget",
-    "session_ttl",
-    "threads",
-    "device",
-    "log_level",
-)
+#: Settings that limit what arrives.
+_BODIES = ("max_body_bytes", "max_json_bytes")
 
 
 def variables_only() -> str:
     """Return what --help says about the settings that have no flag."""
-    names = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields if name not in _FLAGS]
-    return f"Set by variables only: {', '.join(names)}."
+    names = [name for name in Settings.model_fields if name not in SERVER_FLAGS]
+    variables = ", ".join(f"{PREFIX}{name.upper()}" for name in names)
+    return f"Set by variables and in the file only: {variables}."
 
 
-def serve(
-    host: Annotated[str | None, flag("host")] = None,
-    port: Annotated[int | None, flag("port")] = None,
-    uds: Annotated[str | None, flag("uds")] = None,
-    fd: Annotated[int | None, flag("fd")] = None,
-    data_dir: Annotated[str | None, flag("data_dir")] = None,
-    store: Annotated[str | None, flag("store")] = None,
-    files: Annotated[str | None, flag("files")] = None,
-    memory_budget: Annotated[str | None, flag("memory_budget")] = None,
-    session_ttl: Annotated[str | None, flag("session_ttl")] = None,
-    threads: Annotated[int | None, flag("threads")] = None,
-    device: Annotated[str | None, flag("device")] = None,
-    log_level: Annotated[str | None, flag("log_level")] = None,
-) -> None:
-    """Serve until SIGTERM or Ctrl-C. What no flag sets comes from OPTSERVE_<NAME>."""
-    given = {name: value for name, value in locals().items() if value is not None}
+@settings_flags
+def serve(given: Mapping[str, Any]) -> None:
+    """Serve until SIGTERM or Ctrl-C. What no flag sets comes from OPTSERVE_<NAME>, or from the file
+    that --config names."""
     settings = read_settings(Settings, given)
     if (sentence := contradiction(settings, given)) is not None:
         say(sentence)
@@ -87,6 +65,11 @@ def _serve(settings: Settings) -> int:
         say(str(exc))
         return 1
 
+    budget = settings.memory_budget or default_budget()
+    if budget is not None:  # what is larger could not become a session, and would fill the memory
+        limits = {name: min(getattr(settings, name), budget) for name in _BODIES}
+        settings = settings.model_copy(update=limits)
+
     from optserve.api.app import create_app
     from optserve.sessions.registry import Registry
 
@@ -95,7 +78,7 @@ def _serve(settings: Settings) -> int:
             store,
             device=settings.device,
             threads=settings.threads,
-            memory_budget=settings.memory_budget or default_budget(),
+            memory_budget=budget,
             session_ttl_s=settings.session_ttl,
         )
     except OptserveError as exc:  # a device that is not here

@@ -6,6 +6,7 @@ a published copy, a snapshot or a reply is then a single memcpy in wire order.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -237,10 +238,13 @@ class GradientPool:
         return buffer
 
     def _made(self) -> GradientBuffer:
-        buffer = GradientBuffer(self.layout, self._back)
+        buffer = GradientBuffer(self.layout, partial(_back, weakref.ref(self)))
         self._out.add(buffer)
         return buffer
 
-    def _back(self, buffer: GradientBuffer) -> None:
-        self._kept.discard(buffer)
-        self._warm.append(buffer)
+
+def _back(pool: weakref.ref[GradientPool], buffer: GradientBuffer) -> None:
+    """Take a buffer back. It does not keep its pool: both go with the session, at once."""
+    if (found := pool()) is not None:
+        found._kept.discard(buffer)
+        found._warm.append(buffer)

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
-from optserve_client.errors import Unavailable
+from optserve_client.errors import OptserveError, Unavailable
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -264,6 +264,8 @@ class Turn:
     def _end(self, future: Future[Any], exc: BaseException | None, result: Any = None) -> None:
         self._running = False
         if exc is not None:
+            if isinstance(exc, OptserveError) and exc.status != 500:  # those are logged with theirs
+                forget_frames(exc)
             future.set_exception(exc)
         else:
             future.set_result(result)
@@ -285,6 +287,17 @@ class Turn:
         for future, _ in stranded:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
+
+
+def forget_frames(exc: BaseException) -> None:
+    """Drop what the frames held that ``exc`` passed through, a whole body perhaps: futures among
+    them hold ``exc``, so they would stay until a garbage collection, which is rare in a server."""
+    waiting: list[BaseException | None] = [exc]
+    while waiting:
+        found = waiting.pop()
+        if found is not None and found.__traceback__ is not None:
+            found.__traceback__ = None
+            waiting += [found.__cause__, found.__context__]
 
 
 def chain(first: Future[A], then: Callable[[A], Future[T]]) -> Future[T]:
