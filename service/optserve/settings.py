@@ -27,9 +27,12 @@ MIB = 1 << 20
 GIB = 1 << 30
 #: More threads than this only get in each other's way.
 THREADS_PER_CPU = 4
-#: Of no setting but not a mistake either: read by scripts/ or `optserve sessions`, or what
-#: Kubernetes injects for a service named optserve.
-_FOREIGN = re.compile(r"TORCH_INDEX|URL|SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+|(DEMO|TEST)_\w+")
+#: Of no setting but not a mistake either: read by scripts/, docker-compose.yml or `optserve
+#: sessions`, or what Kubernetes injects for a service named optserve.
+_FOREIGN = re.compile(
+    r"TORCH(_INDEX)?|BASE|(TESTS_)?IMAGE|PUBLISH(_POSTGRES)?|MEM_LIMIT|POSTGRES_PASSWORD_FILE|URL|"
+    r"SERVICE_(HOST|PORT)\w*|PORT_\d+_\w+|(DEMO|TEST)_\w+"
+)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _STORE = re.compile(r"memory|sqlite:///.+|postgresql(\+psycopg)?://.+")
 #: A password as a parameter of a URL.
@@ -65,7 +68,7 @@ class StoreSettings(BaseSettings):
 
     config: Path | None = Field(
         None,
-        description="TOML file for settings that no flag and no variable sets; a line is port = 8000.",
+        description="TOML file for settings that no flag and no variable sets; as port = 8000.",
     )
     data_dir: Path | None = Field(
         None,

@@ -286,3 +286,107 @@ def test_a_client_that_connects_while_the_server_starts_is_answered() -> None:
         with ServerProcess("--fd", str(descriptor), pass_fds=(descriptor,)):
             asking.join(60)
     assert answers == [200]
+
+
+# --- config and health ---------------------------------------------------------------------------
+
+
+def shown(*flags: str, **env: str) -> dict[str, str]:
+    """Return what ``optserve config`` prints, by the name of the setting."""
+    done = run("config", *flags, **env)
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition("  # ") for line in done.stdout.splitlines()]
+    return {line.strip().removeprefix("# "): why for line, _, why in lines}
+
+
+def test_config_shows_what_is_in_force_and_from_where(tmp_path: Path) -> None:
+    file = tmp_path / "optserve.toml"
+    file.write_text('port = 9001\nthreads = 1\ndrain_s = 3\nlog_level = "error"\n')
+    found = shown("--config", str(file), "--port", "9003", OPTSERVE_LOG_LEVEL="debug")
+    assert found["port = 9003"] == "--port"
+    assert found['log_level = "debug"'] == "OPTSERVE_LOG_LEVEL"
+    assert found["threads = 1"] == f"threads in {file}"
+    assert found["drain_s = 3"] == f"drain_s in {file}"
+    assert found['host = "127.0.0.1"'] == "default"
+    assert found["uds"] == "not set"
+
+
+def test_what_config_prints_is_a_file_that_says_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "optserve.toml"
+    printed = run("config", "--port", "9003", "--data-dir", str(tmp_path)).stdout
+    file.write_text(printed)
+    again = shown("--config", str(file), OPTSERVE_STORE="")
+    values = {line for line in again if " = " in line and not line.startswith("config")}
+    assert values == {
+        line.partition("  # ")[0].strip() for line in printed.splitlines() if line[0] != "#"
+    }
+    assert again["port = 9003"] == f"port in {file}"
+
+
+def test_config_shows_no_password() -> None:
+    done = run("config", OPTSERVE_STORE="postgresql+psycopg://me:secret@db/x")
+    assert "secret" not in done.stdout + done.stderr
+    assert 'store = "postgresql+psycopg://me:***@db/x"' in done.stdout
+
+
+def test_a_configuration_that_cannot_be_used_is_one_sentence_and_status_2(tmp_path: Path) -> None:
+    file = tmp_path / "optserve.toml"
+    file.write_text("prt = 1\n")
+    for command in ("serve", "config", "health"):
+        done = run(command, OPTSERVE_CONFIG=str(file))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"optserve: prt in {file} is no setting (did you mean port?)\n"
+
+
+def test_a_server_takes_its_settings_from_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "optserve.toml"
+    file.write_text("max_json_bytes = 100\n")
+    with ServerProcess("--config", str(file)) as server:
+        reply = httpx.put(f"{server.url}/v1/sessions/s", json={**CREATE, "notes": "x" * 100})
+        assert reply.status_code == 413
+        assert "100" in reply.json()["detail"]
+
+
+def test_health_says_whether_the_server_is_ready(tmp_path: Path) -> None:
+    socket_path = str(tmp_path / "s")
+    with ServerProcess() as tcp, ServerProcess("--uds", socket_path) as local:
+        assert local.url.startswith("unix:")
+        port = tcp.url.rpartition(":")[2]
+        for flags, env in (
+            (("--port", port), {}),
+            ((), {"OPTSERVE_PORT": port, "OPTSERVE_HOST": "0.0.0.0"}),
+            (("--uds", socket_path), {}),
+        ):
+            done = run("health", *flags, **env)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+    for flags in (("--port", port), ("--uds", socket_path)):
+        done = run("health", *flags)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(r"optserve: \S+ cannot be reached: .+\n", done.stderr)
+
+
+def test_health_says_when_the_server_does_not_answer_or_is_not_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        silent = run("health", "--port", port)
+        assert (silent.returncode, silent.stderr) == (
+            1,
+            f"optserve: http://127.0.0.1:{port} did not answer within 3 s\n",
+        )
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            while not connection.recv(4096).endswith(b"\r\n\r\n"):
+                pass
+            body = b'{"status":"starting"}'
+            head = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: %d\r\n\r\n" % len(body)
+            connection.sendall(head + body)
+            connection.close()
+
+        listener.accept()[0].close()  # the one that gave up
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        starting = run("health", "--port", port)
+        thread.join(10)
+        said = f'optserve: http://127.0.0.1:{port} is not ready: {{"status":"starting"}}\n'
+        assert (starting.returncode, starting.stderr) == (1, said)

@@ -22,6 +22,7 @@ from examples.demo_digits import (
     train_locally,
 )
 from optserve_client import Client, errors
+from tests.acceptance import test_docs_run
 from tests.containers import (
     SERVER,
     TESTS,
@@ -317,3 +318,17 @@ def test_a_project_of_its_own_tests_against_the_service() -> None:
     done = attempt(sys.executable, "-m", "pytest", "-q", str(folder), env=env, limit_s=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_the_quick_start_of_the_readme_prints_what_it_shows() -> None:
+    with composed() as project:
+        printed = None
+        for block in test_docs_run.blocks(ROOT / "README.md", "docker "):
+            if block.kind == "run":
+                text = block.text.replace(test_docs_run.DEFAULT, project.url)
+                printed = run("bash", "-euo", "pipefail", "-c", text, env=project.env, limit_s=120)
+            else:
+                assert printed is not None
+                got = "".join(printed.split())
+                assert test_docs_run.pattern(block.text).fullmatch(got), printed
+        assert printed is not None

@@ -19,7 +19,6 @@ import pytest
 
 from tests.serving import ROOT, ServerProcess, environment
 
-BLOCK = re.compile(r"<!-- (run|prints) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 DOCUMENTS = [
     "README.md",
     "docs/quickstart.md",
@@ -39,11 +38,13 @@ class Block:
     line: int
 
 
-def blocks(path: Path) -> list[Block]:
+def blocks(path: Path, marker: str = "") -> list[Block]:
+    """Return the blocks under ``<!-- run -->`` and ``<!-- prints -->``, or with a word more."""
+    block = rf"<!-- {marker}(run|prints) -->\n+```(\w+)\n(.*?)^```$"
     source = path.read_text()
     return [
         Block(found[1], found[2], found[3], source.count("\n", 0, found.start(3)) + 1)
-        for found in BLOCK.finditer(source)
+        for found in re.finditer(block, source, re.DOTALL | re.MULTILINE)
     ]
 
 

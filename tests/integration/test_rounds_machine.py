@@ -577,6 +577,7 @@ class Rounds(RuleBasedStateMachine):
         assert {n: (e, s) for n, (e, s, _) in self.model.open.items()} == open_
 
 
+@pytest.mark.timeout(2 * 3600)  # of the long form
 def test_rounds_behave_as_their_model(figure: Figure) -> None:
     MADE.clear()
     run_state_machine_as_test(

@@ -32,7 +32,7 @@ def test_flags_beat_variables_beat_the_file_beats_the_default(
     file = written(tmp_path, 'port = 9001\nhost = "::1"\nthreads = 1\npush_ttl_s = 2.5\n')
     monkeypatch.setenv("OPTSERVE_PORT", "9002")
     monkeypatch.setenv("OPTSERVE_HOST", "127.0.0.2")
-    flags = {"config": file, "port": 9003}
+    flags: dict[str, Any] = {"config": file, "port": 9003}
     settings = Settings(**flags)
     assert (settings.port, settings.host, settings.threads) == (9003, "127.0.0.2", 1)
     assert (settings.push_ttl_s, settings.drain_s) == (2.5, 8)
