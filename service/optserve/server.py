@@ -43,6 +43,12 @@ class CannotListen(Exception):
     """The socket that the settings ask for cannot be had."""
 
 
+def end_at_a_signal() -> None:
+    """Have a signal end the process while it starts: it would not, as the first of a container."""
+    for number in SIGNALS:
+        signal.signal(number, lambda sig, _: os._exit(128 + sig))
+
+
 def listen(settings: Settings) -> socket.socket:
     """Return the listening socket that ``settings`` ask for.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -228,6 +230,23 @@ def test_docker_stop_drains_what_is_under_way_and_exits_with_0(service: Compose)
         assert session.status()["version"] == len(applied)
         held: Any = session.params()["w"]
         assert set(held) == {-float(len(applied))}
+
+
+def minds_sigterm(container: str) -> bool:
+    """Say whether the first process of a container catches SIGTERM, else the kernel drops it."""
+    status = attempt("docker", "exec", container, "cat", "/proc/1/status").stdout
+    caught = re.search(r"^SigCgt:\s+([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) & 1 << signal.SIGTERM - 1)
+
+
+def test_docker_stop_ends_it_while_it_starts() -> None:
+    container = run("docker", "run", "-d", SERVER).strip()
+    try:
+        wait_until(lambda: minds_sigterm(container), "to mind signals", 30)
+        run("docker", "stop", "--time", "30", container)
+        assert state(container)["ExitCode"] == 143  # 137: nobody heard it; 0: it was ready
+    finally:
+        run("docker", "rm", "-f", "-v", container)
 
 
 def test_sessions_beyond_the_containers_memory_are_refused_and_nobody_is_killed() -> None:

@@ -47,6 +47,7 @@ def _serve(settings: Settings) -> int:
     """Bind, then open the store, then load torch: what fails first is known first."""
     from optserve import logs, server
 
+    server.end_at_a_signal()
     logs.configure(settings.log_level)
     for sentence in unknown_variables(os.environ):
         server.log.warning(sentence)
