@@ -13,6 +13,9 @@ from tests import record
 from tests.record import Figure
 from tests.serving import ServerProcess
 
+#: What runs in a container of its own; see tests/acceptance/test_compose.py.
+collect_ignore = ["compose"]
+
 LONG = os.environ.get("OPTSERVE_TEST_LONG") == "1"
 
 
