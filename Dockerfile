@@ -5,7 +5,7 @@
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv /opt/optserve
 WORKDIR /src
 ARG TORCH=cpu
@@ -26,12 +26,13 @@ FROM ${BASE}
 RUN useradd --system --no-create-home --uid 10001 optserve && mkdir /data && chown optserve /data
 COPY --from=build /opt/optserve /opt/optserve
 # Settings of the container are variables, so that the health check has them, too. Inside of it every
-# interface is the container's own: publish the port on loopback only.
+# interface is the container's own: publish the port on loopback only. What a server on PostgreSQL keeps for a while
+# goes to the volume as well: /tmp may be memory.
 ENV PATH=/opt/optserve/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    OPTSERVE_HOST=0.0.0.0 OPTSERVE_PORT=8000 OPTSERVE_DATA_DIR=/data
+    OPTSERVE_HOST=0.0.0.0 OPTSERVE_PORT=8000 OPTSERVE_DATA_DIR=/data TMPDIR=/data
 USER optserve
 VOLUME /data
 EXPOSE 8000
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["optserve", "health"]
+HEALTHCHECK --interval=5s --timeout=15s --start-period=60s --retries=3 CMD ["optserve", "health"]
 ENTRYPOINT ["optserve"]
 CMD ["serve"]

@@ -21,7 +21,9 @@ BASE = os.environ.get("OPTSERVE_TEST_BASE", "python:3.11-slim-bookworm")
 SERVER, TESTS = "optserve:test", "optserve-tests:test"
 #: The public image that docker-compose.yml names, where it is on this machine, else our stand-in.
 POSTGRES, STANDIN = "postgres:17-bookworm", "optserve-postgres:test"
-BUILD_LIMIT_S, READY_LIMIT_S = 280, 60
+PULL_LIMIT_S, BUILD_LIMIT_S, READY_LIMIT_S = 200, 600, 60
+#: For the build, where pip finds no torch for the CPU by itself.
+TORCH_INDEX = os.environ.get("OPTSERVE_TEST_TORCH_INDEX", "")
 
 
 def run(*command: str, env: Mapping[str, str] | None = None, limit_s: float = 60) -> str:
@@ -49,24 +51,38 @@ def attempt(
 @cache
 def missing() -> str | None:
     """Say what these tests lack on this machine; None: nothing."""
-    for program in ("docker", "docker-compose"):
-        if shutil.which(program) is None:
-            return f"{program} is not installed"
+    if shutil.which("docker") is None:
+        return "docker is not installed"
+    if compose_command() is None:
+        return "neither docker-compose nor `docker compose` is installed"
     engine = attempt("docker", "info", "--format", "{{.ServerVersion}}")
     if engine.returncode != 0:
-        return f"no Docker engine answers: {engine.stderr.strip().splitlines()[-1]}"
+        return f"no Docker engine answers: {engine.stderr.strip()}"
     if attempt("docker", "image", "inspect", BASE).returncode == 0:
         return None
-    pulled = attempt("docker", "pull", "-q", BASE, limit_s=200)
+    try:
+        pulled = attempt("docker", "pull", "-q", BASE, limit_s=PULL_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"no base image {BASE}: not pulled within {PULL_LIMIT_S} s"
     return f"no base image {BASE}: {pulled.stderr.strip()}" if pulled.returncode else None
+
+
+@cache
+def compose_command() -> tuple[str, ...] | None:
+    """Return how docker-compose is called here: 1.29 as a program, later ones as a plugin."""
+    if shutil.which("docker-compose") is not None:
+        return ("docker-compose",)
+    plugin = attempt("docker", "compose", "version")
+    return ("docker", "compose") if plugin.returncode == 0 else None
 
 
 @cache
 def built() -> float:
     """Build all images once; return the seconds that the server's took."""
     build = ("docker", "build", "-q", "--network", "host", "--build-arg", f"BASE={BASE}", "-t")
+    index = () if not TORCH_INDEX else ("--build-arg", f"TORCH_INDEX={TORCH_INDEX}")
     began = time.monotonic()
-    run(*build, SERVER, ".", limit_s=BUILD_LIMIT_S)
+    run(*build, SERVER, *index, ".", limit_s=BUILD_LIMIT_S)
     took = time.monotonic() - began
     run(*build, TESTS, "-f", "tests/compose/Dockerfile", ".", limit_s=BUILD_LIMIT_S)
     if attempt("docker", "image", "inspect", POSTGRES).returncode != 0:
@@ -100,10 +116,10 @@ class Compose:
         return f"http://127.0.0.1:{self.port}"
 
     def __call__(self, *words: str, limit_s: float = 120) -> str:
-        return run("docker-compose", *words, env=self.env, limit_s=limit_s)
+        return run(*(compose_command() or ()), *words, env=self.env, limit_s=limit_s)
 
     def attempt(self, *words: str, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
-        return attempt("docker-compose", *words, env=self.env, limit_s=limit_s)
+        return attempt(*(compose_command() or ()), *words, env=self.env, limit_s=limit_s)
 
     def container(self, service: str = "optserve") -> str:
         """Return the id of the service's container, also of one that has ended."""

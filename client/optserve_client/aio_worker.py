@@ -75,7 +75,11 @@ class AsyncWorker:
             least, task = ahead
             pending = not task.done()
             if not (pending and await self._client._play(self._member.newest()) < least):
-                found = await asyncio.shield(task)  # another pull may wait for it, too
+                try:
+                    found = await asyncio.shield(task)  # another pull may wait for it, too
+                except asyncio.CancelledError:
+                    if not task.cancelled():
+                        raise  # this pull is given up, not what is pulled ahead
             elif self.params is not None:  # there are none that are newer
                 return self.params
             await self._stop()

@@ -1,5 +1,6 @@
 """An integration test of your own: docker-compose starts the service, pytest trains with it."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from optserve_client import Client
 
-COMPOSE = ["docker-compose", "-f", str(Path(__file__).with_name("docker-compose.yml"))]
+COMPOSE = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+COMPOSE += ["-f", str(Path(__file__).with_name("docker-compose.yml"))]
 
 
 @pytest.fixture(scope="session")

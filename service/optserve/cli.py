@@ -7,7 +7,7 @@ import platform
 
 import typer
 
-from optserve import __version__, logs
+from optserve import __version__
 from optserve.commands import sessions
 from optserve.commands.config import config
 from optserve.commands.fsck import fsck
@@ -36,9 +36,3 @@ app.command()(health)
 app.command()(config)
 app.command()(fsck)
 app.add_typer(sessions.app, name="sessions")
-
-
-def main() -> None:
-    """Run the program."""
-    logs.configure("warning")  # serve has a level of its own
-    app()

@@ -43,4 +43,6 @@ def read(path: Path, known: Collection[str]) -> dict[str, str]:
         if not isinstance(value, (str, int, float)):
             kind = "a table" if isinstance(value, dict) else f"of type {type(value).__name__}"
             raise BadConfigFile(f"{name} in {path} is {kind}, expected a string or a number")
+        if value == "":
+            raise BadConfigFile(f"{name} in {path} is empty: leave it out")
     return {name: str(value) for name, value in said.items()}

@@ -20,7 +20,7 @@ from pydantic_settings import (
 
 from optserve import config_file
 from optserve.memory_budget import parse_bytes
-from optserve.sessions.fields import say, shown
+from optserve.sentences import say, shown
 
 PREFIX = "OPTSERVE_"
 MIB = 1 << 20
@@ -128,23 +128,27 @@ class StoreSettings(BaseSettings):
     def _one_password(self) -> Self:
         if self.store_password_file is not None:
             if self.store is None or not self.store.startswith("postgresql"):
-                raise ValueError("store_password_file is for a store at postgresql+psycopg://...")
+                raise ValueError(
+                    f"store_password_file ({self.store_password_file}) is for a store at "
+                    f"postgresql+psycopg://..., the store is {self.store or 'not set'}"
+                )
             if masked(self.store) != self.store:
                 raise ValueError("the store has a password and store_password_file, expected one")
         return self
 
     @property
     def url(self) -> str | None:
-        """The database with its password. Raises OSError or ValueError where its file cannot be
-        read."""
+        """The database with its password. Raises OSError or ValueError where the file with that
+        cannot be read."""
         if self.store is None or self.store_password_file is None:
             return self.store
         from sqlalchemy import make_url
 
-        password = self.store_password_file.read_text().removesuffix("\n").removesuffix("\r")
-        if not password:
+        read = self.store_password_file.read_bytes().removesuffix(b"\n").removesuffix(b"\r")
+        if not read:
             raise ValueError("it is empty")
-        return make_url(self.store).set(password=password).render_as_string(hide_password=False)
+        database = make_url(self.store).set(password=read.decode())
+        return database.render_as_string(hide_password=False)
 
     @property
     def directory(self) -> Path:
@@ -200,15 +204,15 @@ class Settings(StoreSettings):
     max_body_bytes: int = Field(
         4 * GIB, ge=1, description="Largest binary body; never more than the memory budget."
     )
-    max_json_bytes: int = Field(
-        256 * MIB, ge=1, description="Largest JSON body; never more than the memory budget."
+    max_json_bytes: int = Field(256 * MIB, ge=1, description="Largest JSON body.")
+    body_timeout_s: float = Field(
+        30, gt=0, allow_inf_nan=False, description="Longest silence while a body arrives."
     )
-    body_timeout_s: float = Field(30, gt=0, description="Longest silence while a body arrives.")
     body_min_rate_bytes_s: int = Field(
         64 * 1024, ge=0, description="Least average rate of a body after its first body_timeout_s."
     )
     reply_timeout_s: float = Field(
-        30, gt=0, description="Longest silence while a large reply is taken."
+        30, gt=0, allow_inf_nan=False, description="Longest silence while a large reply is taken."
     )
     push_ttl_s: float = Field(
         60,

@@ -326,7 +326,21 @@ def test_what_config_prints_is_a_file_that_says_the_same(tmp_path: Path) -> None
 def test_config_shows_no_password() -> None:
     done = run("config", OPTSERVE_STORE="postgresql+psycopg://me:secret@db/x")
     assert "secret" not in done.stdout + done.stderr
-    assert 'store = "postgresql+psycopg://me:***@db/x"' in done.stdout
+    assert '# store = "postgresql+psycopg://me:***@db/x"' in done.stdout
+
+
+def test_config_shows_what_the_memory_makes_of_a_limit() -> None:
+    found = shown("--memory-budget", "5MB")
+    assert found["max_body_bytes = 5000000"] == (
+        f"not {4 * 2**30} (default): never more than memory_budget"
+    )
+
+
+@pytest.mark.parametrize("command", ["config", "health"])
+def test_flags_that_contradict_each_other_are_refused_there_too(command: str) -> None:
+    done = run(command, "--uds", "/tmp/x", "--port", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "optserve: --port and --uds are two places to listen, expected one\n"
 
 
 def test_a_configuration_that_cannot_be_used_is_one_sentence_and_status_2(tmp_path: Path) -> None:

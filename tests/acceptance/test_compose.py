@@ -31,8 +31,10 @@ from tests.containers import (
     Compose,
     attempt,
     built,
+    compose_command,
     composed,
     need_containers,
+    postgres_image,
     run,
     size_mb,
     state,
@@ -41,6 +43,8 @@ from tests.containers import (
 from tests.record import Figure
 from tests.serving import ROOT
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(1200)  # the first test builds the images
 
 #: Of a container, for everything; and of that, for sessions.
 MEMORY = 2**30
@@ -318,13 +322,18 @@ def test_on_postgresql_with_a_password_from_a_file(tmp_path: Path) -> None:
             assert "not%3A" not in text
 
 
-def test_without_a_password_the_profile_does_not_start() -> None:
+def test_an_empty_password_is_refused_by_both_sides() -> None:
     done = attempt(
         *("docker", "run", "--rm", "-e", "OPTSERVE_STORE=postgresql+psycopg://me@db/x"),
         *("-e", "OPTSERVE_STORE_PASSWORD_FILE=/dev/null", SERVER),
     )
     assert done.returncode == 1
     assert "optserve: the password in /dev/null cannot be read: it is empty\n" in done.stderr
+    secret = ("-v", f"{ROOT / '.no-password'}:/secret:ro", "-e", "POSTGRES_PASSWORD_FILE=/secret")
+    names = ("-e", "POSTGRES_USER=me", "-e", "POSTGRES_DB=x")
+    done = attempt("docker", "run", "--rm", *secret, *names, postgres_image())
+    assert done.returncode == 1
+    assert "superuser password is not specified" in done.stderr
 
 
 # --- for the tests of others ---------------------------------------------------------------------
@@ -345,6 +354,7 @@ def test_the_quick_start_of_the_readme_prints_what_it_shows() -> None:
         for block in test_docs_run.blocks(ROOT / "README.md", "docker "):
             if block.kind == "run":
                 text = block.text.replace(test_docs_run.DEFAULT, project.url)
+                text = text.replace("docker compose", " ".join(compose_command() or ()))
                 printed = run("bash", "-euo", "pipefail", "-c", text, env=project.env, limit_s=120)
             else:
                 assert printed is not None

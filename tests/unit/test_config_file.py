@@ -66,6 +66,7 @@ def test_a_command_that_opens_a_store_takes_from_the_file_what_it_needs(tmp_path
         ("port = [1]", "port in {} is of type list, expected a string or a number"),
         ("port 1", "{} is not TOML: Expected '=' after a key in a key/value pair "),
         ('config = "x"', "config in {} is no setting"),
+        ('host = ""', "host in {} is empty: leave it out"),
     ],
 )
 def test_a_file_that_nobody_understands_gets_a_sentence(
@@ -118,8 +119,16 @@ def test_the_password_of_the_database_comes_from_a_file(tmp_path: Path, end: str
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({}, "store_password_file is for a store at postgresql+psycopg://..."),
-        ({"store": "memory"}, "store_password_file is for a store at postgresql+psycopg://..."),
+        (
+            {},
+            "store_password_file (/dev/null) is for a store at postgresql+psycopg://..., "
+            "the store is not set",
+        ),
+        (
+            {"store": "memory"},
+            "store_password_file (/dev/null) is for a store at postgresql+psycopg://..., "
+            "the store is memory",
+        ),
         (
             {"store": "postgresql+psycopg://me:x@db/x"},
             "the store has a password and store_password_file, expected one",

@@ -14,7 +14,7 @@ SERVICE = ROOT / "service" / "optserve"
 CLIENT = ROOT / "client" / "optserve_client"
 
 #: What a module of this layer may import from our two packages, besides its own layer.
-SHARED = {"optserve_client.wire", "optserve_client.errors"}
+SHARED = {"optserve_client.wire", "optserve_client.errors", "optserve.sentences"}
 #: wire.py and what it is made of.
 CODEC = {"optserve_client._tensors", "optserve_client._json_tensors"}
 MAY = {

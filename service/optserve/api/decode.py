@@ -18,7 +18,8 @@ from optserve.api.long_lists import loads_tensors
 from optserve.api.waiting import off_loop
 from optserve.optim import devices
 from optserve.optim.layout import Layout
-from optserve.sessions.fields import MAX_INT, shown, unknown
+from optserve.sentences import shown
+from optserve.sessions.fields import MAX_INT, unknown
 from optserve.sessions.identity import KEY_LENGTH, Identity, check_identity
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed

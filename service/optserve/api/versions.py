@@ -15,7 +15,8 @@ from optserve.api.openapi import operation
 from optserve.api.replies import encode_reply, json_response
 from optserve.api.routing import JsonMedia, Media, SessionId, router, session_of
 from optserve.api.waiting import done
-from optserve.sessions.fields import MAX_INT, Fields, shown
+from optserve.sentences import shown
+from optserve.sessions.fields import MAX_INT, Fields
 from optserve.sessions.operations import Pin, Rollback, Unpin
 from optserve_client.errors import (
     Conflict,

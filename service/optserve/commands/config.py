@@ -9,39 +9,46 @@ from typing import Any
 
 import typer
 
-from optserve.commands.options import read_settings, settings_flags
-from optserve.memory_budget import default_budget
+from optserve.commands.options import (
+    check_together,
+    read_settings,
+    settings_flags,
+    within_memory,
+)
 from optserve.settings import Settings, masked, source_of
+
+#: What the defaults of these settings depend on.
+_DEFAULTS = {
+    "data_dir": "default: the user's data directory",
+    "memory_budget": "default: half of what machine or container have beside torch",
+}
 
 
 @settings_flags
 def config(given: Mapping[str, Any]) -> None:
     """Print the settings that a server with these flags would use, as TOML, each with its source.
 
-    Passwords are masked. The rest can be used as the file of --config.
+    It can be used as the file of --config. A store with a password is masked, and a comment.
     """
-    settings = read_settings(Settings, given)
-    found = [(name, *_effective(name, settings)) for name in Settings.model_fields]
-    lines = [(_line(name, value), source_of(name, given) or why) for name, value, why in found]
+    told = read_settings(Settings, given)
+    check_together(told, given)
+    used = within_memory(told).model_copy(update={"data_dir": told.directory})
+    lines = []
+    for name in Settings.model_fields:
+        value = getattr(used, name)
+        why = source_of(name, given) or _DEFAULTS.get(name, "default")
+        if name == "max_body_bytes" and value != told.max_body_bytes:
+            why = f"not {told.max_body_bytes} ({why}): never more than memory_budget"
+        lines.append((_line(name, value), "not set" if value is None else why))
     width = max(len(line) for line, _ in lines)
     for line, why in lines:
         typer.echo(f"{line:{width}}  # {why}")
 
 
-def _effective(name: str, settings: Settings) -> tuple[Any, str]:
-    """Return a value, and what to say of it where nobody set it."""
-    value = getattr(settings, name)
-    if value is not None:
-        return masked(value) if name == "store" else value, "default"
-    if name == "data_dir":
-        return settings.directory, "default: the user's data directory"
-    if name == "memory_budget" and (budget := default_budget()) is not None:
-        return budget, "default: half of what machine or container have beside torch"
-    return None, "not set"
-
-
 def _line(name: str, value: Any) -> str:
-    if value is None or name == "config":  # a file does not name itself
-        return f"# {name}" if value is None else f"# {name} = {json.dumps(str(value))}"
-    value = str(value) if isinstance(value, Path) else value
-    return f"{name} = {json.dumps(value, ensure_ascii=False)}"
+    """Return a line of TOML; a comment where it would say something else in a file."""
+    if value is None:
+        return f"# {name}"
+    shown = masked(value) if name == "store" else str(value) if isinstance(value, Path) else value
+    line = f"{name} = {json.dumps(shown, ensure_ascii=False)}"
+    return f"# {line}" if name == "config" or (shown != value and name == "store") else line

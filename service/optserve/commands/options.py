@@ -11,7 +11,8 @@ import typer
 from pydantic import ValidationError
 
 from optserve.config_file import BadConfigFile
-from optserve.settings import Settings, StoreSettings, explain
+from optserve.memory_budget import default_budget
+from optserve.settings import Settings, StoreSettings, contradiction, explain
 
 S = TypeVar("S", bound=StoreSettings)
 
@@ -73,6 +74,22 @@ def fail(sentence: str, status: int, cause: BaseException | None = None) -> NoRe
     """Print one line to stderr and exit."""
     say(sentence)
     raise typer.Exit(status) from cause
+
+
+def within_memory(settings: Settings) -> Settings:
+    """Return ``settings`` with a memory budget, where one can be told, and no body beyond it: what
+    is larger could not become a session."""
+    budget = settings.memory_budget or default_budget()
+    if budget is None:
+        return settings
+    largest = min(settings.max_body_bytes, budget)
+    return settings.model_copy(update={"memory_budget": budget, "max_body_bytes": largest})
+
+
+def check_together(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Exit with 2 where flags contradict each other."""
+    if (sentence := contradiction(settings, given)) is not None:
+        fail(sentence, 2)
 
 
 def read_settings(kind: type[S], flags: Mapping[str, Any]) -> S:

@@ -8,17 +8,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import typer
-
 from optserve import __version__
 from optserve.commands.opened import open_place
-from optserve.commands.options import SERVER_FLAGS, read_settings, say, settings_flags
-from optserve.memory_budget import default_budget
-from optserve.settings import PREFIX, Settings, contradiction, unknown_variables
+from optserve.commands.options import (
+    SERVER_FLAGS,
+    check_together,
+    read_settings,
+    say,
+    settings_flags,
+    within_memory,
+)
+from optserve.settings import PREFIX, Settings, unknown_variables
 from optserve_client.errors import OptserveError
-
-#: Settings that limit what arrives.
-_BODIES = ("max_body_bytes", "max_json_bytes")
 
 
 def variables_only() -> str:
@@ -32,10 +33,8 @@ def variables_only() -> str:
 def serve(given: Mapping[str, Any]) -> None:
     """Serve until SIGTERM or Ctrl-C. What no flag sets comes from OPTSERVE_<NAME>, or from the file
     that --config names."""
-    settings = read_settings(Settings, given)
-    if (sentence := contradiction(settings, given)) is not None:
-        say(sentence)
-        raise typer.Exit(2)
+    settings = within_memory(read_settings(Settings, given))
+    check_together(settings, given)
     status = _serve(settings)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -66,11 +65,6 @@ def _serve(settings: Settings) -> int:
         say(str(exc))
         return 1
 
-    budget = settings.memory_budget or default_budget()
-    if budget is not None:  # what is larger could not become a session, and would fill the memory
-        limits = {name: min(getattr(settings, name), budget) for name in _BODIES}
-        settings = settings.model_copy(update=limits)
-
     from optserve.api.app import create_app
     from optserve.sessions.registry import Registry
 
@@ -79,7 +73,7 @@ def _serve(settings: Settings) -> int:
             store,
             device=settings.device,
             threads=settings.threads,
-            memory_budget=budget,
+            memory_budget=settings.memory_budget,
             session_ttl_s=settings.session_ttl,
         )
     except OptserveError as exc:  # a device that is not here

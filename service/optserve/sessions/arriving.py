@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from optserve.optim.arena import GradientBuffer, nobody
 from optserve.optim.layout import Layout
-from optserve.sessions.fields import shown, unknown
+from optserve.sentences import shown
+from optserve.sessions.fields import unknown
 from optserve.sessions.intake import StepIntake
 from optserve.sessions.journaling import Unkept
 from optserve.sessions.step import Expected, Step, step_from_json

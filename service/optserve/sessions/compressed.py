@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optserve.sessions.fields import StepFields, shown
+from optserve.sentences import shown
+from optserve.sessions.fields import StepFields
 from optserve.sessions.step import Expected, no_int8
 from optserve_client import wire
 from optserve_client.errors import Invalid

@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, Field
 from optserve.optim import catalogue, devices, schedules
 from optserve.optim.layout import Layout
 from optserve.optim.recipe import Recipe
-from optserve.sessions.fields import Fields, shown
+from optserve.sentences import shown
+from optserve.sessions.fields import Fields
 from optserve.sessions.workers import Workers, check_fit
 from optserve.store.base import DURABILITIES
 from optserve_client import wire

@@ -7,7 +7,6 @@ import difflib
 import json
 import math
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from optserve.sentences import BOUNDS, inside, say, shown
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed, OptserveError, TooLarge
 
@@ -25,12 +25,9 @@ MAX_METRICS = 100
 #: What an SQL integer holds.
 MAX_INT = 2**63 - 1
 
-_SHOWN = 80
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,62}")
 #: What pydantic puts into a location to say which member of a union it tried.
 _UNION_TAG = re.compile(r"(?:constrained-)?(?:int|float|str)|bool|[A-Z]\w*|\w+\[.*\]")
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _SHOWN
 
 #: What people write for a field, where its spelling is not close enough to tell.
 _ALIASES = {
@@ -274,7 +271,7 @@ def explain(exc: ValidationError, where: str = "") -> Invalid:
                 break
     path = path_of(loc, where)
     if fault["type"] == "extra_forbidden":
-        sentence = _inside(path_of(loc[:-1], where), unknown(loc[-1], ()))
+        sentence = inside(path_of(loc[:-1], where), unknown(loc[-1], ()))
     else:
         sentence = say(fault, path, bound)
     return Invalid(sentence, field=path) if path else Invalid(sentence)
@@ -285,7 +282,7 @@ def _closest(branches: list[ErrorDetails], depth: int) -> tuple[ErrorDetails, st
     for fault in branches:
         if len(fault["loc"]) > depth or not fault["type"].endswith("_type"):
             return fault, ""
-    return branches[0], " or ".join(dict.fromkeys(_BOUNDS.get(f["type"], "") for f in branches))
+    return branches[0], " or ".join(dict.fromkeys(BOUNDS.get(f["type"], "") for f in branches))
 
 
 def path_of(loc: Iterable[int | str], where: str = "") -> str:
@@ -315,65 +312,3 @@ def unknown(name: object, known: Iterable[str], what: str = "field") -> str:
     close = [alias] if alias in names else difflib.get_close_matches(text, names, n=1)
     hint = close[0] if close and close[0] != text else None
     return f"{sentence} (did you mean {hint!r}?)" if hint else sentence
-
-
-def shown(value: object) -> str:
-    """Return ``value`` for a sentence, in JSON's words, at most 80 characters of it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"  # its decimal digits may be refused
-    text = repr(value[:_SHOWN]) if isinstance(value, str) else _REPR.repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-
-
-_BOUNDS = {
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_parsing_size": "an integer of 64 bits",
-    "int_from_float": "an integer",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "a string",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "greater_than": "> {gt}",
-    "greater_than_equal": ">= {ge}",
-    "less_than": "< {lt}",
-    "less_than_equal": "<= {le}",
-    "literal_error": "{expected}",
-}
-
-_LIMITS = {"gt", "ge", "lt", "le"}
-
-
-def say(fault: ErrorDetails, path: str, bound: str = "") -> str:
-    """Return the sentence about one fault of the value at ``path``; ``bound`` replaces its own."""
-    kind, context, value = fault["type"], fault.get("ctx", {}), fault["input"]
-    thing = path or "the body"
-    if kind == "unknown_field":
-        return _inside(path, fault["msg"])
-    if kind == "ours":
-        return fault["msg"]
-    if kind == "missing":
-        return f"{thing} is missing"
-    if kind == "value_error":  # of a validator of our own
-        return f"{thing} {context['error']}"
-    if bound := bound or _BOUNDS.get(kind, ""):
-        limits = {k: int(v) if v == v // 1 else v for k, v in context.items() if k in _LIMITS}
-        return f"{thing} must be {bound.format(**{**context, **limits})}, got {shown(value)}"
-    if kind in {"too_long", "too_short", "string_too_long", "string_too_short"}:
-        most, unit = ("most", "max") if kind.endswith("long") else ("least", "min")
-        what = "characters" if kind.startswith("string") else "entries"
-        return f"{thing} must have at {most} {context[f'{unit}_length']} {what}, got {len(value)}"
-    return f"{thing}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {shown(value)}"
-
-
-def _inside(path: str, sentence: str) -> str:
-    return f"{path}: {sentence}" if path else sentence

@@ -17,7 +17,8 @@ import numpy as np
 
 from optserve.optim import devices
 from optserve.optim.layout import Layout
-from optserve.sessions.fields import load_object, shown
+from optserve.sentences import shown
+from optserve.sessions.fields import load_object
 from optserve_client import wire
 from optserve_client.errors import Invalid, Malformed
 

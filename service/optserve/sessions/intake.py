@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from optserve.sentences import shown
 from optserve.sessions import compressed
-from optserve.sessions.fields import StepFields, load_object, shown
+from optserve.sessions.fields import StepFields, load_object
 from optserve.sessions.journaling import BEHIND_BYTES, Journaling, JournalingBehind, Writer
 from optserve.sessions.passing import Passing
 from optserve.sessions.step import (

@@ -16,9 +16,9 @@ from optserve.optim.arena import Arena
 from optserve.optim.engine import Engine, Outcome
 from optserve.optim.gradients import Inspected
 from optserve.optim.layout import Layout
+from optserve.sentences import shown
 from optserve.sessions import config as configs
 from optserve.sessions import frames, workers
-from optserve.sessions.fields import shown
 from optserve.sessions.identity import Duplicate, Identity
 from optserve.sessions.intake import Step
 from optserve.sessions.ledger import Ledger

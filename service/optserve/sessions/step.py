@@ -11,7 +11,8 @@ import numpy as np
 
 from optserve.optim.arena import GradientBuffer
 from optserve.optim.layout import Layout
-from optserve.sessions.fields import StepFields, shown, unknown
+from optserve.sentences import shown
+from optserve.sessions.fields import StepFields, unknown
 from optserve.sessions.journaling import Unkept
 from optserve.sessions.passing import Passing
 from optserve.store import Payload, PayloadWriter

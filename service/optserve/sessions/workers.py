@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from optserve.optim.catalogue import Entry
-from optserve.sessions.fields import Fields, shown
+from optserve.sentences import shown
+from optserve.sessions.fields import Fields
 from optserve_client.errors import Invalid, OptserveError
 
 #: Workers whose pushes one round takes.
