@@ -229,11 +229,14 @@ def test_docker_stop_drains_what_is_under_way_and_exits_with_0(service: Compose)
     assert refused, "it went on after docker stop"
     run("docker", "start", container)
     wait_ready(service.url)
+    # Where the container's network went before the last answer was through, that step is applied.
+    unheard = isinstance(refused[0], errors.TransportError)
     with Client(service.url) as client:
         session = client.session("drained")
-        assert session.status()["version"] == len(applied)
+        version = session.status()["version"]
+        assert version in {len(applied), len(applied) + unheard}
         held: Any = session.params()["w"]
-        assert set(held) == {-float(len(applied))}
+        assert set(held) == {-float(version)}
 
 
 def minds_sigterm(container: str) -> bool:
