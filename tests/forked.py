@@ -2,9 +2,9 @@
 
 A test that kills a hundred servers cannot pay for a hundred imports. ``python -m tests.forked``
 imports what ``optserve serve`` imports, makes no thread, and waits. Each start forks it, and the
-child calls the console script's own ``optserve.cli.main`` with the arguments in ``sys.argv``: from
-there on it is the program, with its own process id to kill. What it does not go through is Python's
-start and the imports; so tests of kills also start some servers the long way.
+child calls the console script's own ``optserve.__main__.main`` with the arguments in ``sys.argv``:
+from there on it is the program, with its own process id to kill. What it does not go through is
+Python's start and the imports; so tests of kills also start some servers the long way.
 """
 
 from __future__ import annotations
@@ -178,6 +178,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the test, which then hangs up
     _import_everything()
     _serve(socket.socket(fileno=int(sys.argv[1])))
-    from optserve.cli import main
+    from optserve.__main__ import main
 
     main()

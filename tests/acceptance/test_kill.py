@@ -6,7 +6,7 @@ The clients get over it by themselves. In the end every session must be, bit for
 makes of the changes that were acknowledged, and its journal must hold exactly those.
 
 Most servers are forked from a process that has imported torch already, and run the real program
-from ``optserve.cli.main`` on (see ``tests/forked.py``); some are executed as people do.
+from ``optserve.__main__.main`` on (see ``tests/forked.py``); some are executed as people do.
 """
 
 from __future__ import annotations
