@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import httpx
 import pytest
 
 from tests.serving import ROOT, environment, free_port
+from tests.waiting import wait_until
 
 BASE = os.environ.get("OPTSERVE_TEST_BASE", "python:3.11-slim-bookworm")
 SERVER, TESTS = "optserve:test", "optserve-tests:test"
@@ -118,9 +120,6 @@ class Compose:
     def __call__(self, *words: str, limit_s: float = 120) -> str:
         return run(*(compose_command() or ()), *words, env=self.env, limit_s=limit_s)
 
-    def attempt(self, *words: str, limit_s: float = 120) -> subprocess.CompletedProcess[str]:
-        return attempt(*(compose_command() or ()), *words, env=self.env, limit_s=limit_s)
-
     def container(self, service: str = "optserve") -> str:
         """Return the id of the service's container, also of one that has ended."""
         [found] = run(
@@ -146,20 +145,20 @@ def composed(**env: str) -> Iterator[Compose]:
 def state(container: str) -> dict[str, Any]:
     """Return what the engine knows of a container: Running, ExitCode, OOMKilled, Health."""
     shown = run("docker", "inspect", container, "--format", "{{json .State}}")
-    return dict(httpx.Response(200, content=shown).json())
+    known: dict[str, Any] = json.loads(shown)
+    return known
 
 
-def wait_ready(url: str, limit_s: float = READY_LIMIT_S) -> float:
-    """Wait until the server at ``url`` is ready and return the seconds that it took."""
-    began = time.monotonic()
-    while True:
+def wait_ready(url: str) -> None:
+    """Wait until the server at ``url`` is ready."""
+
+    def ready() -> bool:
         try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return time.monotonic() - began
+            return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
         except httpx.TransportError:
-            pass
-        assert time.monotonic() - began < limit_s, f"{url} is not ready after {limit_s} s"
-        time.sleep(0.02)
+            return False
+
+    wait_until(ready, f"the server at {url}", READY_LIMIT_S)
 
 
 def size_mb(image: str) -> float:

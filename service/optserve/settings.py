@@ -288,24 +288,24 @@ def file_values(flags: Mapping[str, Any]) -> dict[str, str]:
     return {} if path is None else config_file.read(path, Settings.model_fields)
 
 
-def source_of(field: str, flags: Mapping[str, Any]) -> str | None:
-    """Return where a setting comes from, as it is called there; None: it is the default."""
-    if flags.get(field) is not None:
-        return _flag(field)
-    if os.environ.get(variable := f"{PREFIX}{field.upper()}"):
-        return variable
-    return f"{field} in {config_file.path_of(flags)}" if field in file_values(flags) else None
+def sources(flags: Mapping[str, Any]) -> dict[str, str]:
+    """Return where each setting comes from that is not the default, as it is called there."""
+    path = config_file.path_of(flags)
+    found = {name: f"{name} in {path}" for name in file_values(flags)}
+    variables = {name: f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    found |= {name: text for name, text in variables.items() if os.environ.get(text)}
+    return found | {name: _flag(name) for name, value in flags.items() if value is not None}
 
 
 def explain(exc: ValidationError, flags: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each error in ``exc``, naming where the value came from."""
-    lines = []
+    lines, known = [], sources(flags)
     for error in exc.errors(include_url=False):
         if not error["loc"]:
             lines.append(error["msg"].removeprefix("Value error, "))
             continue
         field = str(error["loc"][0])
-        lines.append(say(error, source_of(field, flags) or f"{PREFIX}{field.upper()}"))
+        lines.append(say(error, known.get(field, f"{PREFIX}{field.upper()}")))
     return lines
 
 

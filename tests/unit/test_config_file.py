@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import make_url
 
 from optserve.config_file import BadConfigFile
-from optserve.settings import Settings, StoreSettings, explain, source_of
+from optserve.settings import Settings, StoreSettings, explain, sources
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +36,11 @@ def test_flags_beat_variables_beat_the_file_beats_the_default(
     settings = Settings(**flags)
     assert (settings.port, settings.host, settings.threads) == (9003, "127.0.0.2", 1)
     assert (settings.push_ttl_s, settings.drain_s) == (2.5, 8)
-    assert source_of("port", flags) == "--port"
-    assert source_of("host", flags) == "OPTSERVE_HOST"
-    assert source_of("threads", flags) == f"threads in {file}"
-    assert source_of("drain_s", flags) is None
+    known = sources(flags)
+    assert known["port"] == "--port"
+    assert known["host"] == "OPTSERVE_HOST"
+    assert known["threads"] == f"threads in {file}"
+    assert "drain_s" not in known
 
 
 def test_a_variable_names_the_file_and_a_flag_names_another(

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from optserve.optim.arena import GradientPool
 from optserve.optim.layout import Layout
 from optserve.sessions import contributed
-from optserve.sessions.contributed import decode, opened
+from optserve.sessions.contributed import opened
+from optserve.sessions.replay import decode
 from optserve.sessions.round import Contribution
 from optserve.sessions.step import Expected
 from optserve.store.base import Payload

@@ -9,13 +9,8 @@ from typing import Any
 
 import typer
 
-from optserve.commands.options import (
-    check_together,
-    read_settings,
-    settings_flags,
-    within_memory,
-)
-from optserve.settings import Settings, masked, source_of
+from optserve.commands.options import server_settings, settings_flags, within_memory
+from optserve.settings import Settings, masked, sources
 
 #: What the defaults of these settings depend on.
 _DEFAULTS = {
@@ -30,13 +25,12 @@ def config(given: Mapping[str, Any]) -> None:
 
     It can be used as the file of --config. A store with a password is masked, and a comment.
     """
-    told = read_settings(Settings, given)
-    check_together(told, given)
+    told, known = server_settings(given), sources(given)
     used = within_memory(told).model_copy(update={"data_dir": told.directory})
     lines = []
     for name in Settings.model_fields:
         value = getattr(used, name)
-        why = source_of(name, given) or _DEFAULTS.get(name, "default")
+        why = known.get(name) or _DEFAULTS.get(name, "default")
         if name == "max_body_bytes" and value != told.max_body_bytes:
             why = f"not {told.max_body_bytes} ({why}): never more than memory_budget"
         lines.append((_line(name, value), "not set" if value is None else why))

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from optserve.commands.options import check_together, fail, read_settings, settings_flags
+from optserve.commands.options import fail, server_settings, settings_flags
 from optserve.settings import Settings
 
 #: A server that answers later is not healthy.
@@ -48,8 +48,7 @@ def health(given: Mapping[str, Any]) -> None:
     Exit status: 0 it is, 1 it is not (there is none, it starts, or it stops), 2 a setting cannot be
     used. In a container the settings are its variables.
     """
-    settings = read_settings(Settings, given)
-    check_together(settings, given)
+    settings = server_settings(given)
     if settings.fd is not None:
         fail("an inherited socket has no address to ask at, expected --port or --uds", 2)
     asked = _Connection(settings)

@@ -86,12 +86,6 @@ def within_memory(settings: Settings) -> Settings:
     return settings.model_copy(update={"memory_budget": budget, "max_body_bytes": largest})
 
 
-def check_together(settings: Settings, given: Mapping[str, Any]) -> None:
-    """Exit with 2 where flags contradict each other."""
-    if (sentence := contradiction(settings, given)) is not None:
-        fail(sentence, 2)
-
-
 def read_settings(kind: type[S], flags: Mapping[str, Any]) -> S:
     """Return the settings that flags, variables and defaults make; exits with 2 for a bad value."""
     given = {name: value for name, value in flags.items() if value is not None}
@@ -103,3 +97,12 @@ def read_settings(kind: type[S], flags: Mapping[str, Any]) -> S:
         for line in explain(exc, given):
             say(line)
         raise typer.Exit(2) from exc
+
+
+def server_settings(flags: Mapping[str, Any]) -> Settings:
+    """Return a server's settings as :func:`read_settings` does; also exits with 2 where two flags
+    contradict each other."""
+    settings = read_settings(Settings, flags)
+    if (sentence := contradiction(settings, flags)) is not None:
+        fail(sentence, 2)
+    return settings

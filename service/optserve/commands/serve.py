@@ -12,9 +12,8 @@ from optserve import __version__
 from optserve.commands.opened import open_place
 from optserve.commands.options import (
     SERVER_FLAGS,
-    check_together,
-    read_settings,
     say,
+    server_settings,
     settings_flags,
     within_memory,
 )
@@ -33,8 +32,7 @@ def variables_only() -> str:
 def serve(given: Mapping[str, Any]) -> None:
     """Serve until SIGTERM or Ctrl-C. What no flag sets comes from OPTSERVE_<NAME>, or from the file
     that --config names."""
-    settings = within_memory(read_settings(Settings, given))
-    check_together(settings, given)
+    settings = within_memory(server_settings(given))
     status = _serve(settings)
     sys.stdout.flush()
     sys.stderr.flush()

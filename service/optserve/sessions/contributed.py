@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,10 +11,10 @@ import numpy as np
 
 from optserve.sessions import compressed
 from optserve.sessions.fields import StepFields
-from optserve.sessions.intake import Sparse, StepIntake, read_fields
+from optserve.sessions.intake import Sparse, read_fields
 from optserve.sessions.round import Contribution
-from optserve.sessions.step import Expected, Lease, Step
-from optserve.store.base import BytesLike, Payload
+from optserve.sessions.step import Expected
+from optserve.store.base import Payload
 from optserve_client import wire
 from optserve_client.errors import Damaged, Invalid, Malformed
 
@@ -47,14 +47,6 @@ def opened(contributions: list[Contribution], expected: Expected) -> Iterator[li
             stack.callback(frame.close)
             sources.append(frame)
         yield sources
-
-
-def decode(pieces: Iterable[BytesLike], expected: Expected, lease: Lease) -> Step:
-    """Return the step whose wire bytes the journal holds."""
-    intake = StepIntake(expected=expected, lease=lease, writer=None)
-    for piece in pieces:
-        intake.feed(piece)
-    return intake.finish()
 
 
 class Frame:
@@ -184,10 +176,8 @@ class TopK:
     """A gradient of which the elements that are not zero came, ``count`` of them."""
 
     def __init__(self, indices: Read, values: Read, count: int, dtype: str) -> None:
-        self._indices = indices
-        self._values = values
-        self._count = count
-        self._dtype = dtype
+        self._indices, self._values = indices, values
+        self._count, self._dtype = count, dtype
         self._at = 0
         #: Entries that were read, and those of them whose turn has not come.
         self._entries = 0
@@ -217,10 +207,8 @@ class Int8:
     """A gradient in whole numbers, of which each block has a factor."""
 
     def __init__(self, values: Read, scales: Read, block: int, dtype: str) -> None:
-        self._values = values
-        self._scales = scales
-        self._block = block
-        self._dtype = dtype
+        self._values, self._scales = values, scales
+        self._block, self._dtype = block, dtype
         self._at = 0
 
     def __call__(self, count: int) -> tuple[memoryview, str]:

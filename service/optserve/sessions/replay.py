@@ -13,11 +13,11 @@ from optserve.optim.hyper import from_json
 from optserve.optim.recipe import Recipe
 from optserve.sessions import config as configs
 from optserve.sessions import frames, operations, rounds, stepping
-from optserve.sessions.contributed import decode
-from optserve.sessions.intake import Step
+from optserve.sessions.intake import Step, StepIntake
 from optserve.sessions.ledger import Ledger
 from optserve.sessions.state import SessionState, expected_of, restore
-from optserve.store.base import Durability, Event, Key, Payload, Store
+from optserve.sessions.step import Expected, Lease
+from optserve.store.base import BytesLike, Durability, Event, Key, Payload, Store
 from optserve_client import wire
 from optserve_client.errors import Damaged, Internal, SessionNotFound
 
@@ -185,6 +185,14 @@ def read_step(state: SessionState, event: Event) -> Step:
     if event.payload is None:
         raise _gone(event)
     return decode(event.payload.chunks(), expected_of(state), state.engine.pool.lease)
+
+
+def decode(pieces: Iterable[BytesLike], expected: Expected, lease: Lease) -> Step:
+    """Return the step whose wire bytes the journal holds."""
+    intake = StepIntake(expected=expected, lease=lease, writer=None)
+    for piece in pieces:
+        intake.feed(piece)
+    return intake.finish()
 
 
 def _gone(event: Event) -> PayloadGone:
